@@ -1,0 +1,54 @@
+"""fastalign: alignment training whose losses see per-token log-probabilities, never logits."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "linear_logps": "fastalign.head.api",
+    "linear_loss": "fastalign.head.api",
+    "linear_cross_entropy": "fastalign.head.api",
+    "HeadOutput": "fastalign.types",
+    "PreferenceLoss": "fastalign.types",
+    "segment_sum": "fastalign.segments",
+    "segment_mean": "fastalign.segments",
+    "losses": "fastalign.losses",
+    "load_model": "fastalign.models.load",
+    "head_spec": "fastalign.models.heads",
+    "HeadSpec": "fastalign.models.heads",
+    "train": "fastalign.train.loop",
+    "DPOConfig": "fastalign.objectives.dpo",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from fastalign import losses as losses
+    from fastalign.head.api import linear_cross_entropy as linear_cross_entropy
+    from fastalign.head.api import linear_logps as linear_logps
+    from fastalign.head.api import linear_loss as linear_loss
+    from fastalign.models.heads import HeadSpec as HeadSpec
+    from fastalign.models.heads import head_spec as head_spec
+    from fastalign.models.load import load_model as load_model
+    from fastalign.objectives.dpo import DPOConfig as DPOConfig
+    from fastalign.segments import segment_mean as segment_mean
+    from fastalign.segments import segment_sum as segment_sum
+    from fastalign.train.loop import train as train
+    from fastalign.types import HeadOutput as HeadOutput
+    from fastalign.types import PreferenceLoss as PreferenceLoss
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
+    home = import_module(_HOMES[name])
+    value = home if home.__name__ == f"fastalign.{name}" else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,44 @@
+"""Every error that fastalign raises on purpose, in one tree.
+
+A message names the argument or the file and row, says what was expected and what came, and how to mend it.
+"""
+
+
+class FastalignError(Exception):
+    """Base of all errors raised on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(FastalignError, ValueError):
+    """An option is unknown, ill-typed, out of range, or contradicts another one."""
+
+
+class DataError(FastalignError, ValueError):
+    """A data file or one of its rows cannot be used; the message names the file and the row."""
+
+
+class TemplateError(DataError):
+    """The tokenizer or its chat template cannot render the data (no template, no EOS, prefix not stable)."""
+
+
+class ModelError(FastalignError, ValueError):
+    """A model folder or architecture cannot be used."""
+
+
+class HeadMismatchError(ModelError):
+    """The fused head does not reproduce the model's own logits."""
+
+
+class OutputError(FastalignError, OSError):
+    """The output folder cannot be used: it holds another run, is not writable, or the disk is full."""
+
+
+class CheckpointError(FastalignError, ValueError):
+    """A checkpoint is truncated, of another model or of another run."""
+
+
+class NumericsError(FastalignError, ArithmeticError):
+    """The loss or the gradient stayed non-finite for longer than the run allows."""
+
+
+class DependencyError(FastalignError, ImportError):
+    """An optional package is needed and absent; the message names the install command."""

@@ -1,0 +1,85 @@
+"""The records that pass between the levels. No behaviour beyond shape bookkeeping, and no import but torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class HeadOutput(NamedTuple):
+    """Per-token statistics of softmax(logits), each of the shape of `target`; a field that was not asked for is None.
+
+    Ignored rows are 0 (False) and have zero gradient. All float32 (float64 for float64 inputs), in nats.
+    """
+
+    logps: Tensor  # log p(target), differentiable
+    entropy: Tensor | None = None  # -sum_v p_v log p_v, differentiable
+    lse: Tensor | None = None  # log sum_v exp(logit_v), differentiable
+    log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2, no gradient
+    mean_logits: Tensor | None = None  # mean_v logit_v, no gradient
+    is_top1: Tensor | None = None  # bool: no token is more probable than the target
+
+
+class PreferenceLoss(NamedTuple):
+    """Unreduced result of a preference loss, each (P,)."""
+
+    loss: Tensor
+    chosen_rewards: Tensor  # detached, beta * (log pi - log pi_ref) or the loss's own reward
+    rejected_rewards: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized training sample: a prompt and the completions that are scored after it.
+
+    A preference pair has completions `(chosen, rejected)`. Sequences are `prompt + completion`; a completion ends with
+    EOS unless it was truncated. `index` is the row of the data set, stable over shuffles and resumes.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    weight: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the sample occupies in a packed batch."""
+        return sum(len(self.prompt) + len(c) for c in self.completions)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are scored: completion tokens, less the first token of a sequence with an empty prompt."""
+        return sum(max(0, len(c) - (not self.prompt)) for c in self.completions)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid end to end, without padding.
+
+    Row i of the trunk's output predicts `target[i]`; `target` is IGNORE_INDEX on prompts and on every last token. The
+    `live` rows are those with a target, in order; only they need to reach the head.
+    """
+
+    input_ids: Tensor  # (N,) int64
+    position_ids: Tensor  # (N,) int64, restarts at 0 in every sequence
+    cu_seqlens: Tensor  # (S+1,) int32
+    max_seqlen: int
+    target: Tensor  # (N,) int64
+    live: Tensor  # (L,) int64, rows with a target
+    live_target: Tensor  # (L,) int64, target[live]
+    live_cu_seqlens: Tensor  # (S+1,) int32, boundaries of the sequences in the live rows
+    live_bounds: tuple[int, ...]  # live_cu_seqlens as integers on the host
+    bounds: tuple[int, ...]  # cu_seqlens as integers on the host
+    index: tuple[int, ...]  # (B,) data-set row of each sample
+    completions: tuple[int, ...]  # (B,) sequences of each sample, in order
+    weight: Tensor  # (B,) float32
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        moved = {f.name: v.to(device, non_blocking=True) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
