@@ -21,9 +21,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-_NOUNS = "river stone lamp garden train letter window bread cloud harbour violin engine".split()
-_VERBS = "holds follows paints opens carries mends finds keeps".split()
-_ADJECTIVES = "small bright old quiet heavy green clever slow".split()
+_NOUNS = ["river", "stone", "lamp", "garden", "train", "letter", "window", "bread", "cloud", "harbour", "violin", "engine"]
+_VERBS = ["holds", "follows", "paints", "opens", "carries", "mends", "finds", "keeps"]
+_ADJECTIVES = ["small", "bright", "old", "quiet", "heavy", "green", "clever", "slow"]
 
 
 def sentence(rng: random.Random, words: int) -> str:
