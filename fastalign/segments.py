@@ -1,0 +1,44 @@
+"""Sums and means over the sequences of a packed batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum of `values` (N,) over each segment `cu_seqlens[s]:cu_seqlens[s+1]`, as (S,) float32 (float64 for float64 values).
+
+    `cu_seqlens` is (S+1,) int32 and ends at N; `mask` (N,) bool, True counts. What is masked may be NaN. An empty segment
+    gives 0. Gradient flows to `values`. No atomics and no device sync: the same bits on every run.
+    Raises ValueError when shapes do not fit together.
+    >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1, 3], dtype=torch.int32))
+    tensor([1., 0., 6.])
+    """
+    _check_shapes(values, cu_seqlens, mask)
+    values = values if values.dtype == torch.float64 else values.float()
+    if mask is not None:
+        values = values.masked_fill(~mask, 0.0)
+    # unsafe=True skips the check of `lengths`, which would wait for the device.
+    return torch.segment_reduce(values, "sum", lengths=cu_seqlens.diff(), unsafe=True, initial=0)
+
+
+def segment_mean(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of `values` (N,) over each segment, counting only where `mask`; shapes and dtypes as in `segment_sum`.
+
+    A segment with nothing to count gives 0 and zero gradient, never NaN.
+    >>> segment_mean(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1, 3], dtype=torch.int32))
+    tensor([1., 0., 3.])
+    """
+    total = segment_sum(values, cu_seqlens, mask)
+    count = cu_seqlens.diff() if mask is None else segment_sum(mask.to(total.dtype), cu_seqlens)
+    return total / count.clamp(min=1)
+
+
+def _check_shapes(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> None:
+    if values.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"values must be (N,) and cu_seqlens (S+1,): got {tuple(values.shape)} and {tuple(cu_seqlens.shape)}; flatten values first"
+        )
+    if mask is not None and (mask.shape != values.shape or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool of shape {tuple(values.shape)}: got {mask.dtype} of shape {tuple(mask.shape)}")
