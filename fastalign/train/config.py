@@ -1,0 +1,231 @@
+"""Options of a run, read from YAML files and flags into nested dataclasses, and written back as the resolved `config.yaml`.
+
+The dataclasses are the only definition: a field is the option `--section.name`, its default the option's default, and the
+comment on its line (or the string under it) the option's help. Types are checked by jsonargparse; YAML is loaded safely,
+and nothing that a file says is ever imported or called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from fastalign.errors import ConfigError, OutputError
+from fastalign.train.options import Option, convert, default_of, example, expected, kind_of, members, nearest, nested_class, options
+
+Config = TypeVar("Config")
+
+# A resumed run may change these and nothing else: none of them touches the model, the data or their order.
+RESUME_MAY_CHANGE = frozenset(
+    {"output", "resume", "overwrite", "loggers", "log_every", "eval_every", "save_every", "keep_checkpoints", "model.device"}
+)
+
+
+def parse(argv: Sequence[str], config_class: type[Config], *, base: Path | None = None) -> Config:
+    """The config that `argv` asks for. Flags override `--config` files, later files earlier ones, and all of them `base`.
+
+    Raises ConfigError for an unknown, ill-typed or missing option; the message names the flag or the file and key.
+    """
+    table = options(config_class)
+    files, flags = _read_flags(argv, table)
+    given: dict[str, Any] = {}
+    for path in [*([base] if base else []), *files]:
+        given.update(_read_yaml(path, table))
+    given.update(flags)
+    if missing := [o.name for o in table.values() if o.default is MISSING and o.name not in given]:
+        raise ConfigError(f"missing option --{missing[0]} ({table[missing[0]].help or expected(table[missing[0]].type)})")
+    return _build(config_class, "", given, MISSING)
+
+
+def load(path: Path | str, config_class: type[Config]) -> Config:
+    """Read one YAML file, such as the `config.yaml` of a run."""
+    return parse([], config_class, base=Path(path))
+
+
+def dump(config: Any, path: Path | str) -> None:
+    """Write every option, defaults included, as YAML that `load` turns back into an equal config; whole or not at all."""
+    path = Path(path)
+    text = f"# Every option of this run, resolved. Train again from it: fastalign {config.name} --config {path.name} --output NEW\n"
+    text += yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot write the resolved config ({error.strerror or error}); free or choose another --output"
+        ) from error
+
+
+def resume_config(argv: Sequence[str], config_class: type[Config], run: Path) -> Config:
+    """The config of the run in `run`, with what `argv` may still change (RESUME_MAY_CHANGE).
+
+    Raises ConfigError when `argv` contradicts the run: a resumed run is the same run.
+    """
+    saved = run / "config.yaml"
+    config = parse(argv, config_class, base=saved)
+    before, after = flat(load(saved, config_class)), flat(config)
+    for name, value in after.items():
+        if name not in RESUME_MAY_CHANGE and value != before[name]:
+            raise ConfigError(
+                f"--{name} {value} contradicts the run in {run}, which has {before[name]}; "
+                f"leave it out to resume, or start a new run with another --output"
+            )
+    return config
+
+
+def given_options(argv: Sequence[str], config_class: type) -> dict[str, Any]:
+    """The flags in `argv`, checked and converted, without defaults and without reading any file."""
+    return _read_flags(argv, options(config_class))[1]
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Dotted option name -> value, for tables and comparisons."""
+    found: dict[str, Any] = {}
+
+    def visit(value: Any, prefix: str) -> None:
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if dataclasses.is_dataclass(item):
+                visit(item, f"{prefix}{field.name}.")
+            else:
+                found[prefix + field.name] = item
+
+    visit(config, "")
+    return found
+
+
+def _read_flags(argv: Sequence[str], table: dict[str, Option]) -> tuple[list[Path], dict[str, Any]]:
+    files: list[Path] = []
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}; options start with two dashes, as in --output run")
+        name, equals, text = word[2:].partition("=")
+        values = [text] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        name = name.replace("-", "_")
+        if name == "config":
+            if not values:
+                raise ConfigError("--config needs a YAML file, as in --config run.yaml")
+            files += [Path(value) for value in values]
+        else:
+            option = _find(name, table, "option --")
+            given[option.name] = convert(option, _flag_value(option, values), f"--{option.name}")
+    return files, given
+
+
+def _flag_value(option: Option, values: list[str]) -> Any:
+    if not values:
+        if bool in members(option.type):
+            return True
+        raise ConfigError(f"--{option.name} needs a value: {expected(option.type)}; for example {example(option)}")
+    if option.is_list:
+        if len(values) > 1:
+            return values
+        if not values[0].startswith("[") and ("," in values[0] or not option.takes_text):
+            return [part.strip() for part in values[0].split(",") if part.strip()]
+    if len(values) > 1:
+        raise ConfigError(f"--{option.name} takes one value, got {' '.join(values)!r}; for example {example(option)}")
+    optional_word = values[0].lower() in ("none", "null") and type(None) in members(option.type)
+    return None if optional_word else values[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where plain YAML silently keeps the last."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _read_yaml(path: Path, table: dict[str, Option]) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file ({error.strerror}); give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected 'option: value' lines, got {kind_of(content)}; for example 'beta: 0.1'")
+    given: dict[str, Any] = {}
+    for name, value in _flatten(content, table, path, ""):
+        option = _find(name, table, f"{path}: option ")
+        given[option.name] = convert(option, value, f"{path}: {option.name}")
+    return given
+
+
+def _flatten(content: dict[Any, Any], table: dict[str, Option], path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        name = f"{prefix}{key}".replace("-", "_")
+        if isinstance(value, dict) and name not in table:
+            yield from _flatten(value, table, path, f"{name}.")
+        else:
+            yield name, value
+
+
+def _find(name: str, table: dict[str, Option], label: str) -> Option:
+    if name in table:
+        return table[name]
+    dashes = "--" if label.endswith("--") else ""
+    if inside := [other for other in table if other.startswith(f"{name}.")]:
+        shown = ", ".join(dashes + other for other in inside[:4])
+        raise ConfigError(f"{label}{name} is a group of options, not one option; did you mean {shown}?")
+    near = nearest(name, table)
+    remedy = f"did you mean {dashes}{near}?" if near else "--help lists every option"
+    raise ConfigError(f"unknown {label}{name}; {remedy}" if dashes else f"{label}{name} is unknown; {remedy}")
+
+
+def _build(cls: type[Config], prefix: str, given: dict[str, Any], defaults: Any) -> Config:
+    """`cls` from the given options, every other field from `defaults` (an instance that holds the section's own defaults)."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name = prefix + field.name
+        default = default_of(field) if defaults is MISSING or defaults is None else getattr(defaults, field.name)
+        if nested := nested_class(hints[field.name]):
+            wanted = any(other.startswith(f"{name}.") for other in given)
+            values[field.name] = _build(nested, f"{name}.", given, default) if wanted or default is not None else None
+        else:
+            values[field.name] = given.get(name, default)
+    return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value
