@@ -1,0 +1,133 @@
+"""What the training loop knows of an algorithm: its options (`RunConfig`) and its loss (`Objective`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from fastalign.data.config import DataConfig
+from fastalign.errors import ConfigError
+from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.types import PackedBatch, Sample
+
+
+class Objective(Protocol):
+    """A loss over micro-batches whose results add up to that of the optimizer step, however the step is cut."""
+
+    def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """What the sums of `loss` are divided by, counted over all samples of the step before its first micro-batch."""
+
+    def loss(self, batch: PackedBatch, denominators: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's share of the step's loss, ready for `backward()`, and detached scalar sums for the metrics."""
+
+    def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
+        """The step's metrics, under TRL's names, from the sums over all its micro-batches."""
+
+
+class Dataset(Protocol):
+    """Tokenized samples; `fingerprint` changes with anything that changes them."""
+
+    samples: list[Sample]
+    eval_samples: list[Sample]
+    fingerprint: str
+
+
+@dataclass
+class RunConfig:
+    """Options that every algorithm has. A step's result depends on none of `max_tokens`, `logits_budget` and `metrics`."""
+
+    name: ClassVar[str] = ""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    output: str = ""
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, final/, report.html."""
+    resume: bool = False
+    """Continue the run in `output` from its newest good checkpoint."""
+    overwrite: bool = False
+    """Delete the run that is in `output` first."""
+    seed: int = 0
+
+    batch_size: int = 8
+    """Samples per optimizer step (a preference pair is one sample)."""
+    max_tokens: int = 4096
+    """Tokens per micro-batch; bounds the memory, does not change the result."""
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Optimizer steps; replaces `epochs`."""
+
+    learning_rate: float = 1e-6
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.0
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled (AdamW); not on biases and norms."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient of a step to this L2 norm; null: never."""
+    master_weights: bool = True
+    """Keep a float32 copy of trainable 16-bit weights and accumulate their gradient in float32. Without it updates
+    smaller than 2^-9 of a bfloat16 weight are lost. No effect on float32 weights."""
+    max_nonfinite: int = 3
+    """Stop after this many steps in a row whose loss or gradient is not finite; each of them is skipped."""
+
+    eval_every: int = 0
+    """Steps between evaluations on the held-out split; 0: only at the end."""
+    save_every: int = 500
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl."""
+    loggers: list[str] = field(default_factory=list)
+    """Further sinks for the metrics: tensorboard, wandb, trackio."""
+    metrics: Literal["full", "basic"] = "full"
+    """basic leaves out entropy, logits/* and mean_token_accuracy, which need more work on every row of logits."""
+    logits_budget: int | None = None
+    """Bytes of scratch for logits; null: measured from the free memory."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first option that is out of range or contradicts another one."""
+        if not self.output:
+            raise ConfigError("output: no folder given for the run; set --output RUN")
+        if not self.model.path:
+            raise ConfigError("model.path: no model given; set --model.path DIR (a Transformers model folder or hub name)")
+        self.data.validate()
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
+        for option in ("batch_size", "max_tokens", "keep_checkpoints", "log_every", "max_nonfinite"):
+            self._require(option, getattr(self, option) >= 1, "at least 1")
+        for option in ("eval_every", "save_every", "seed"):
+            self._require(option, getattr(self, option) >= 0, "0 or more")
+        for option in ("learning_rate", "weight_decay"):
+            self._require(option, 0 <= getattr(self, option) < math.inf, "0 or more and finite")
+        for option in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+            self._require(option, 0 <= getattr(self, option) < 1, "in [0, 1)")
+        for option in ("epochs", "adam_epsilon"):
+            self._require(option, 0 < getattr(self, option) < math.inf, "positive and finite")
+        for option in ("max_steps", "max_grad_norm", "logits_budget"):
+            self._require(option, getattr(self, option) is None or getattr(self, option) > 0, "positive, or null")
+        self._require_choice("lr_schedule", ("linear", "cosine", "constant"))
+        self._require_choice("metrics", ("full", "basic"))
+
+    def load_data(self, tokenizer: Any, vocab_size: int) -> Dataset:
+        """The training and held-out samples of this algorithm."""
+        raise NotImplementedError
+
+    def objective(self, model: Any, data: Dataset, folder: Any) -> Objective:
+        """The loss of this algorithm for `model`, whose weights are still the initial ones; `folder` is the run's."""
+        raise NotImplementedError
+
+    def _require(self, option: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise ConfigError(f"{option} must be {wanted}, got {getattr(self, option)!r}")
+
+    def _require_choice(self, option: str, choices: Sequence[str]) -> None:
+        self._require(option, getattr(self, option) in choices, f"one of {', '.join(choices)}")

@@ -1,0 +1,235 @@
+"""Checkpoints: folders of safetensors and JSON that appear whole or not at all, and from which a run continues bit for bit.
+
+    checkpoints/step-000040/
+        weights.safetensors      the trainable weights (of a LoRA run: the adapter)
+        optimizer.safetensors    moments, step counts, float32 copies
+        rng.safetensors          generator states of torch, CUDA, numpy and Python
+        state.json               counters, options, fingerprints of the data and of the initial model; sizes and CRC-32 of the files
+
+A folder is written under a temporary name, synced, and renamed, so that a kill or a full disk at any moment leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastalign.errors import CheckpointError
+from fastalign.train.folder import publish, writing
+
+_FORMAT = 1
+_STATE = "state.json"
+_TEMPORARY = ".writing-"
+
+
+@dataclass
+class Progress:
+    """Counters of a run; together with the weights, the optimizer and the generators its whole state."""
+
+    step: int = 0  # optimizer steps done, skipped ones included
+    num_tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to: a run that differs in any of it must not continue from it."""
+
+    algorithm: str
+    options: dict[str, Any]  # those that change the result
+    data: str  # fingerprint of the tokenized samples
+    model: str  # fingerprint of the initial weights and their names
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Digest of the names, shapes and dtypes of all weights, and of the values that the run does not train (or, when it trains
+    them all, began with).
+
+    Up to 4096 evenly spaced values of each weight are read: enough to tell two models apart, without reading the whole one.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    has_frozen = any(not p.requires_grad for p in model.parameters())
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        if has_frozen and p.requires_grad:
+            continue  # a fresh adapter: drawn at random, and in the checkpoint
+        flat = p.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // 4096)][:4096]
+        digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(
+    folder: Path, progress: Progress, identity: Identity, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], *, keep: int
+) -> Path:
+    """Write `folder/step-NNNNNN`, then delete all but the newest `keep` checkpoints. Raises OutputError, leaving the older ones whole."""
+    target = folder / f"step-{progress.step:06d}"
+    temporary = folder / f"{_TEMPORARY}{target.name}"
+    with writing(target):
+        folder.mkdir(exist_ok=True)
+        clean(folder)
+        temporary.mkdir()
+        try:
+            for name, tensors in {"weights": weights, "optimizer": optimizer, "rng": _rng_state()}.items():
+                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
+            files = {f.name: [f.stat().st_size, _crc(f)] for f in sorted(temporary.iterdir())}
+            state = {"format": _FORMAT, "progress": asdict(progress), "identity": asdict(identity), "files": files}
+            (temporary / _STATE).write_text(json.dumps(state, indent=1))
+            publish(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in list_checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+    return target
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed process left half-written."""
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first, good or not."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither read nor counted again; returns the new name."""
+    target = path.with_name(f"{path.name}.damaged")
+    with writing(target):
+        if target.exists():
+            shutil.rmtree(target)
+        return path.rename(target)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint's state.json. Raises CheckpointError when any of its files is missing, cut short or altered."""
+    try:
+        state = json.loads((path / _STATE).read_text())
+        files = state["files"]
+        if state["format"] != _FORMAT:
+            raise CheckpointError(f"{path}: written by another version of fastalign (format {state['format']}, this one reads {_FORMAT})")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path / _STATE}: missing or damaged ({error})") from error
+    for name, (size, crc) in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file}: truncated, {file.stat().st_size} of {size} bytes")
+        if _crc(file) != crc:
+            raise CheckpointError(f"{file}: damaged, its CRC-32 does not match")
+    return state
+
+
+def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest undamaged checkpoint, its state, and what is wrong with each newer one; None when there is no checkpoint at all.
+
+    Raises CheckpointError when there are checkpoints and all are damaged.
+    """
+    faults: list[str] = []
+    for path in list_checkpoints(folder):
+        try:
+            return path, verify(path), faults
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError(f"{'; '.join(faults)}. No good checkpoint is left: start again with --overwrite, or put back a copy")
+    return None
+
+
+def check_identity(path: Path, state: dict[str, Any], identity: Identity) -> None:
+    """Raise CheckpointError, naming what differs, unless the checkpoint was written by this very run."""
+    own = json.loads(json.dumps(asdict(identity)))
+    other = state["identity"]
+    if other["algorithm"] != own["algorithm"]:
+        raise CheckpointError(
+            f"{path}: of a run of {other['algorithm']}, not {own['algorithm']}; resume with that command, or choose another --output"
+        )
+    names = sorted({*own["options"], *other["options"]})
+    if changed := [n for n in names if own["options"].get(n) != other["options"].get(n)]:
+        shown = ", ".join(f"{n} was {other['options'].get(n)!r} and is {own['options'].get(n)!r}" for n in changed)
+        raise CheckpointError(
+            f"{path}: of a run with other options ({shown}); resume with the options of the run, or choose another --output"
+        )
+    for what, remedy in {"model": "the model that the run began with", "data": "the data that the run began with"}.items():
+        if other[what] != own[what]:
+            raise CheckpointError(f"{path}: of another {what} (fingerprint {other[what]}, here {own[what]}); resume with {remedy}")
+
+
+def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint, on the CPU."""
+    try:
+        return load_file(path / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / name}.safetensors: cannot be read ({error})") from error
+
+
+def restore_weights(weights: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], path: Path) -> None:
+    """Copy saved values into the trainable weights; CheckpointError when names or shapes differ."""
+    if weights.keys() != saved.keys():
+        names = sorted(weights.keys() ^ saved.keys())
+        raise CheckpointError(f"{path}: of another model: {len(names)} weights exist on one side only, such as {names[0]}")
+    with torch.no_grad():
+        for name, value in saved.items():
+            if weights[name].shape != value.shape:
+                raise CheckpointError(
+                    f"{path}: of another model: {name} is {tuple(value.shape)} there and {tuple(weights[name].shape)} here"
+                )
+            weights[name].copy_(value)
+
+
+def restore_rng(saved: Mapping[str, Tensor]) -> None:
+    """Put every generator into the saved state."""
+    torch.set_rng_state(saved["torch"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda.{i}" in saved:
+            torch.cuda.set_rng_state(saved[f"cuda.{i}"], i)
+    key = saved["numpy.key"].numpy().astype(np.uint32)
+    position, has_gauss = saved["numpy.position"].tolist()
+    np.random.set_state(("MT19937", key, position, has_gauss, float(saved["numpy.gauss"])))
+    gauss = float(saved["python.gauss"])
+    random.setstate((3, tuple(saved["python"].tolist()), None if gauss != gauss else gauss))
+
+
+def _rng_state() -> dict[str, Tensor]:
+    _, key, position, has_gauss, cached = np.random.get_state()
+    _, python, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy.key": torch.from_numpy(np.asarray(key).astype(np.int64)),
+        "numpy.position": torch.tensor([position, has_gauss]),
+        "numpy.gauss": torch.tensor(cached, dtype=torch.float64),
+        "python": torch.tensor(python),
+        "python.gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state |= {f"cuda.{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    return state
+
+
+def _crc(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -1,0 +1,242 @@
+"""The training loop, the same for every objective: plan a step, run its micro-batches, clip, update, log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.errors import NumericsError
+from fastalign.models.load import load_model
+from fastalign.models.save import save_final
+from fastalign.models.selfcheck import self_check
+from fastalign.objectives.base import RunConfig
+from fastalign.packing import collate
+from fastalign.train import checkpoint
+from fastalign.train.card import write_card
+from fastalign.train.checkpoint import Identity, Progress
+from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
+from fastalign.train.folder import RunFolder, claim, publish, writing
+from fastalign.train.metrics import MetricsWriter
+from fastalign.train.optim import Optimizer, learning_rate
+from fastalign.train.report import write_report
+from fastalign.train.step import Order, check_lengths, run_step, to_floats
+from fastalign.types import Sample
+
+logger = logging.getLogger("fastalign")
+
+Callback = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind."""
+
+    output: Path
+    step: int  # optimizer steps done
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last step of this process
+    eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, prefixed eval_
+    interrupted: str | None = None  # name of the signal that ended the run early; then there is no final/
+
+
+def train(config: RunConfig, *, callbacks: Sequence[Callback] = ()) -> TrainResult:
+    """Run `config` from its first step, or from its newest checkpoint, to its last, and write `config.output`.
+
+    A SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint; the second one ends it at once.
+    `callbacks` are called with the step and its metrics. Raises a FastalignError for anything that can be mended; until the first
+    batch has passed the self-check nothing is written.
+    """
+    config.validate()
+    with claim(config.output, resume=config.resume, overwrite=config.overwrite) as folder:
+        return _Run(config, folder, callbacks).run()
+
+
+class _Run:
+    def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback]) -> None:
+        self.config, self.folder, self.callbacks = config, folder, callbacks
+        torch.manual_seed(config.seed)
+        self.tokenizer = load_tokenizer(config.model.path, chat_template=config.data.chat_template)
+        self.model = load_model(config.model, lora=config.lora)
+        self.device = next(self.model.parameters()).device
+        self.data = config.load_data(self.tokenizer, self.model.get_input_embeddings().weight.shape[0])
+        check_lengths([*self.data.samples, *self.data.eval_samples], config.max_tokens)
+        self.order = Order.of(config, len(self.data.samples))
+        self.identity = Identity(
+            algorithm=config.name,
+            options={name: value for name, value in flat(config).items() if name not in RESUME_MAY_CHANGE},
+            data=self.data.fingerprint,
+            model=checkpoint.fingerprint(self.model),
+        )
+        self.objective = config.objective(self.model, self.data, folder.path)  # before a checkpoint replaces the initial weights
+        self.optimizer = Optimizer(self.model, config, head_weight=self.model.get_output_embeddings().weight)
+        self.progress = Progress()
+        self.metrics: dict[str, float] = {}
+        self.eval_metrics: dict[str, float] = {}
+
+    def run(self) -> TrainResult:
+        config, folder, total = self.config, self.folder, self.order.total_steps
+        self.model.train()
+        self_check(self.model, collate(self._samples(0)[:1]).to(self.device))
+        self._begin()
+        logs = MetricsWriter(self.folder.path, loggers=config.loggers, resume_step=saved, total_steps=total, run_name=self.folder.path.name)
+        with logs, _stop_requests() as stop:
+            while self.progress.step < total and not stop:
+                self._step()
+                step = self.progress.step
+                if step % config.log_every == 0 or step == total:
+                    logs.log(step, self.metrics)
+                self._check_numerics()
+                if self.data.eval_samples and (step == total or (config.eval_every and step % config.eval_every == 0)):
+                    self._evaluate()
+                    logs.log(step, self.eval_metrics, kind="eval")
+                for callback in self.callbacks:
+                    callback(step, self.metrics)
+                if step == total or stop or (config.save_every and step % config.save_every == 0):
+                    logs.sync()  # a checkpoint counts on the rows before it
+                    self._save()
+        if stop and self.progress.step < total:
+            logger.warning("%s: stopped by %s after step %d/%d; continue with --resume", folder.path, stop[0], self.progress.step, total)
+            return TrainResult(folder.path, self.progress.step, self.metrics, self.eval_metrics, interrupted=stop[0])
+        self._finish()
+        return TrainResult(folder.path, total, self.metrics, self.eval_metrics)
+
+    def _step(self) -> None:
+        """One optimizer step, and its metrics."""
+        started = time.perf_counter()
+        config, progress = self.config, self.progress
+        samples = self._samples(progress.step)
+        rate = learning_rate(progress.step, self.order.total_steps, config)
+        self.optimizer.zero_grad()
+        sums, denominators = run_step(self.objective, samples, max_tokens=config.max_tokens, device=self.device)
+        grad_norm = self.optimizer.grad_norm()
+        values = to_floats({**sums, "grad_norm": grad_norm})  # the step's one wait for the device
+        norm = values.pop("grad_norm")
+        metrics = self.objective.metrics(values, denominators)
+        progress.step += 1
+        progress.num_tokens += sum(sample.num_tokens for sample in samples)
+        if math.isfinite(values["loss"]) and math.isfinite(norm):
+            self.optimizer.step(rate, grad_norm)
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
+            logger.warning("%s; the step is skipped", self._name_nonfinite(values["loss"]))
+        seconds = time.perf_counter() - started
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "epoch": progress.step / self.order.steps_per_epoch,
+            "num_tokens": progress.num_tokens,
+            "skipped_steps": progress.skipped_steps,
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": sum(sample.num_tokens for sample in samples) / seconds,
+        }
+        self.metrics = metrics
+
+    def _name_nonfinite(self, loss: float) -> str:
+        names = self.optimizer.nonfinite_gradients()
+        gradient = f"not finite in {len(names)} weights, first {names[0]}" if names else "finite in every weight, but its norm is not"
+        return f"step {self.progress.step}: loss {loss}, gradient {gradient}"
+
+    def _check_numerics(self) -> None:
+        """Raise NumericsError when too many steps in a row were skipped."""
+        progress, limit = self.progress, self.config.max_nonfinite
+        if progress.skipped_in_a_row < limit:
+            return
+        rows = ", ".join(str(sample.index) for sample in self._samples(progress.step - 1)[:8])
+        saved = checkpoint.list_checkpoints(self.folder.checkpoints)
+        remedy = f"; the weights before are in {saved[0]}" if saved else ""
+        raise NumericsError(
+            f"step {progress.step}: loss or gradient not finite in {limit} steps in a row (max_nonfinite). Look at the data (this step: "
+            f"rows {rows}), lower --learning_rate, or use --model.dtype float32{remedy}"
+        )
+
+    def _evaluate(self) -> None:
+        """Metrics of the whole held-out split, as if it were one step."""
+        self.model.eval()
+        sums, denominators = run_step(
+            self.objective, self.data.eval_samples, max_tokens=self.config.max_tokens, device=self.device, backward=False
+        )
+        self.model.train()
+        metrics = self.objective.metrics(to_floats(sums), denominators)
+        self.eval_metrics = {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _samples(self, step: int) -> list[Sample]:
+        return [self.data.samples[i] for i in self.order.samples_of(step)]
+
+    def _begin(self) -> None:
+        """The first write of the run: an empty folder with its config, or what the newest checkpoint holds."""
+        config, folder = self.config, self.folder
+        if config.overwrite:
+            folder.clear()
+        checkpoint.clean(folder.checkpoints)
+        found = checkpoint.newest_good(folder.checkpoints) if config.resume else None
+        if found:
+            path, state, faults = found
+            checkpoint.check_identity(path, state, self.identity)
+            for fault in faults:
+                logger.warning("damaged checkpoint: %s; continuing from %s", fault, path.name)
+            for newer in checkpoint.list_checkpoints(folder.checkpoints)[: len(faults)]:
+                checkpoint.set_aside(newer)
+            checkpoint.restore_weights(self.optimizer.named, checkpoint.load_tensors(path, "weights"), path)
+            self.optimizer.load_state(checkpoint.load_tensors(path, "optimizer"))
+            checkpoint.restore_rng(checkpoint.load_tensors(path, "rng"))
+            self.progress = Progress(**state["progress"])
+            logger.info("%s: continuing after step %d", folder.path, self.progress.step)
+        elif config.resume:
+            logger.warning("%s: no checkpoint to resume from; starting at the first step", folder.path)
+        dump(config, folder.path / "config.yaml")
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.folder.checkpoints,
+            self.progress,
+            self.identity,
+            self.optimizer.named,
+            self.optimizer.state(),
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _finish(self) -> None:
+        """Export the weights, and write the report and the model card."""
+        folder = self.folder
+        temporary = folder.path / ".writing-final"
+        with writing(folder.final):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            save_final(self.model, self.tokenizer, temporary)
+            publish(temporary, folder.final)
+        write_report(folder.path)
+        write_card(folder.path)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+    """A list that names the first SIGINT or SIGTERM to arrive; the second one acts as it would have without us."""
+    requests: list[str] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield requests
+        return
+
+    def request(number: int, _: Any) -> None:
+        requests.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+        logger.warning("%s: stopping after this step; send it again to stop at once", requests[0])
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,94 @@
+"""One optimizer step: which samples it takes, how they are cut into micro-batches, and what their sum is."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastalign.errors import ConfigError
+from fastalign.objectives.base import Objective, RunConfig
+from fastalign.packing import collate, pack
+from fastalign.types import Sample
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples a step takes: a pure function of the step, so that a resumed run needs no state of a loader.
+
+    Every epoch is its own permutation, drawn from `(seed, epoch)`; its last step takes what is left.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int
+    epochs: float
+    max_steps: int | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, num_samples: int) -> Order:
+        return cls(num_samples, config.batch_size, config.seed, config.epochs, config.max_steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_samples / self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch)
+
+    def samples_of(self, step: int) -> list[int]:
+        """Indices of the samples of optimizer step `step`, counted from 0."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        permutation = _permutation(self.num_samples, self.seed, epoch)
+        return permutation[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
+
+
+@lru_cache(maxsize=1)
+def _permutation(size: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def check_lengths(samples: Sequence[Sample], max_tokens: int) -> None:
+    """Raise ConfigError when a sample does not fit into a micro-batch."""
+    longest = max(samples, key=lambda sample: sample.num_tokens)
+    if longest.num_tokens > max_tokens:
+        raise ConfigError(
+            f"max_tokens {max_tokens} is less than the longest sample (row {longest.index}, {longest.num_tokens} tokens with all its "
+            f"completions); set --max_tokens {longest.num_tokens} or more, or a smaller --data.max_length"
+        )
+
+
+def run_step(
+    objective: Objective, samples: Sequence[Sample], *, max_tokens: int, device: torch.device, backward: bool = True
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Add the gradient of the samples' loss to the weights; returns the metric sums, still on the device, and the denominators.
+
+    The samples are packed into micro-batches of at most `max_tokens` tokens. The gradient and the sums do not depend on how.
+    """
+    denominators = objective.denominators(samples)
+    totals: dict[str, Tensor] = {}
+    with torch.set_grad_enabled(backward):
+        for members in pack([sample.num_tokens for sample in samples], max_tokens):
+            batch = collate([samples[i] for i in members]).to(device)
+            loss, sums = objective.loss(batch, denominators)
+            if backward:
+                loss.backward()
+            for name, value in sums.items():
+                totals[name] = totals[name] + value if name in totals else value
+    return totals, denominators
+
+
+def to_floats(values: dict[str, Tensor]) -> dict[str, float]:
+    """The scalars on the host, fetched in one transfer."""
+    if not values:
+        return {}
+    numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
+    return dict(zip(values, numbers))
