@@ -1,0 +1,266 @@
+"""The schedules: GEMMs of slabs and tiles around the row kernels, forward and backward.
+
+Everything here works on the live rows of one call (`Operands`), with n rows, and knows nothing of autograd; `api.py` and
+`ops.py` wrap it. The logits of at most one slab exist at a time, and a slab's gradient takes the logits' own storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.head import rows_torch
+from fastalign.head.plan import Plan
+from fastalign.head.rows_torch import LogitMap
+from fastalign.types import HeadOutput
+
+FIELDS = HeadOutput._fields
+DIFFERENTIABLE = ("logps", "entropy", "lse", "mean_logits")
+UPCAST_BYTES = 8 << 20  # of weight at a time, where a CPU has no half-precision GEMM with a float32 result
+
+
+class Operands(NamedTuple):
+    """The head and its live rows."""
+
+    hidden: Tensor  # (n, D)
+    weight: Tensor  # (V, D)
+    target: Tensor  # (n,) int64
+    bias: Tensor | None = None  # (V,)
+    u: Tensor | None = None  # (n, r), logits gain u @ lora_weight.T
+    lora_weight: Tensor | None = None  # (V, r)
+    temperature: float | Tensor = 1.0  # or (n,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.hidden.dtype, torch.float32)
+
+    def take(self, index: Tensor | None) -> Operands:
+        """The same head over the rows `index`; None is all rows, without a copy."""
+        if index is None:
+            return self
+        u = None if self.u is None else self.u.index_select(0, index)
+        temperature = self.temperature.index_select(0, index) if isinstance(self.temperature, Tensor) else self.temperature
+        return self._replace(
+            hidden=self.hidden.index_select(0, index), target=self.target.index_select(0, index), u=u, temperature=temperature
+        )
+
+    def logit_map(self, rows: slice, cols: slice) -> LogitMap:
+        bias = None if self.bias is None else self.bias[cols].to(self.work_dtype)
+        if isinstance(self.temperature, Tensor):
+            return LogitMap(bias, self.logit_scale, self.softcap, self.temperature[rows].to(self.work_dtype).reciprocal())
+        return LogitMap(bias, self.logit_scale, self.softcap, 1.0 / self.temperature)
+
+
+class Gradients:
+    """Accumulates dL/d operand over slabs and tiles: float32 sums, each rounded once to the dtype of its operand."""
+
+    def __init__(self, operands: Operands, *, hidden: bool, head: bool, d_weight: Tensor | None, weight: bool) -> None:
+        n, work = operands.hidden.shape[0], operands.work_dtype
+        device = operands.hidden.device
+
+        def zeros(like: Tensor) -> Tensor:
+            return torch.zeros(like.shape, dtype=work, device=device)
+
+        self.operands = operands
+        self.hidden = torch.empty_like(operands.hidden, memory_format=torch.contiguous_format) if hidden else None
+        self.u = None if operands.u is None or not (hidden or head) else operands.u.new_empty(n, operands.u.shape[1])
+        self.weight = d_weight if d_weight is not None else zeros(operands.weight) if weight else None
+        self.bias = zeros(operands.bias) if head and operands.bias is not None else None
+        self.lora_weight = zeros(operands.lora_weight) if head and operands.lora_weight is not None else None
+
+    def add(self, rows: slice, tiles: Iterator[tuple[slice, Tensor]]) -> None:
+        """Add one slab: `tiles` yields its column ranges with dL/d(raw product) in the dtype of the gradient GEMMs."""
+        o, work = self.operands, self.operands.work_dtype
+        d_hidden: Tensor | None = None
+        d_u: Tensor | None = None
+        for cols, d in tiles:
+            if self.hidden is not None:
+                d_hidden = add_product(d_hidden, d, o.weight[cols], work)
+            if self.u is not None and o.lora_weight is not None:
+                d_u = add_product(d_u, d, o.lora_weight[cols], work)
+            if self.weight is not None:
+                add_product(self.weight[cols], d.T, o.hidden[rows], work)
+            if self.bias is not None:
+                self.bias[cols] += d.sum(0, dtype=work)
+            if self.lora_weight is not None and o.u is not None:
+                add_product(self.lora_weight[cols], d.T, o.u[rows], work)
+        if self.hidden is not None and d_hidden is not None:
+            self.hidden[rows] = d_hidden
+        if self.u is not None and d_u is not None:
+            self.u[rows] = d_u
+
+
+def slabs(n: int, step: int) -> Iterator[slice]:
+    return (slice(r, min(r + step, n)) for r in range(0, n, step))
+
+
+def scratch_tile(operands: Operands, plan: Plan) -> Tensor:
+    """Room for one tile; every slab of the call reuses it."""
+    return torch.empty(plan.slab_rows * plan.tile_cols, dtype=operands.work_dtype, device=operands.hidden.device)
+
+
+def products(operands: Operands, rows: slice, cols: slice, scratch: Tensor) -> Tensor:
+    """Raw products of a tile, (R, C) in the working dtype, written into `scratch`."""
+    hidden, weight = operands.hidden[rows], operands.weight[cols]
+    tile = scratch[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+    _product_into(tile, hidden, weight)
+    if operands.u is not None and operands.lora_weight is not None:
+        tile.addmm_(operands.u[rows].to(tile.dtype), operands.lora_weight[cols].to(tile.dtype).T)
+    return tile
+
+
+def score_slab(
+    operands: Operands, plan: Plan, rows: slice, outputs: frozenset[str], scratch: Tensor
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Statistics of one slab, and its raw products if they were not tiled."""
+    target = operands.target[rows]
+    state = rows_torch.start(target.shape[0], outputs, dtype=operands.work_dtype, device=target.device)
+    tile = None
+    for cols in slabs(operands.weight.shape[0], plan.tile_cols):
+        tile = products(operands, rows, cols, scratch)
+        rows_torch.update(state, tile, target, cols.start, operands.logit_map(rows, cols))
+    return rows_torch.finish(state), None if plan.tiled else tile
+
+
+def gradient_tiles(
+    operands: Operands,
+    plan: Plan,
+    rows: slice,
+    stats: dict[str, Tensor],  # of these rows: lse, and entropy with an entropy coefficient
+    coefficients: dict[str, Tensor],  # dL/d output of these rows
+    scratch: Tensor,
+    whole: Tensor | None = None,  # raw products of the slab, if at hand; overwritten
+) -> Iterator[tuple[slice, Tensor]]:
+    """The slab's dL/d(raw product), tile by tile, in the dtype of the gradient GEMMs."""
+    vocabulary = operands.weight.shape[0]
+    for cols in slabs(vocabulary, vocabulary if whole is not None else plan.tile_cols):
+        tile = whole if whole is not None else products(operands, rows, cols, scratch)
+        rows_torch.gradient_(
+            tile,
+            operands.target[rows],
+            cols.start,
+            operands.logit_map(rows, cols),
+            stats["lse"],
+            coefficients,
+            entropy=stats.get("entropy"),
+            vocabulary=vocabulary,
+        )
+        yield cols, _narrow(tile, operands.hidden)
+
+
+def forward(
+    operands: Operands, plan: Plan, outputs: frozenset[str], grad_outputs: tuple[str, ...], capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics (6, n) in the order of HeadOutput, and what the schedule keeps.
+
+    `keep`: the raw products (capacity, V). `frozen`: d output / d hidden (k, capacity, D) and, with a LoRA on the head,
+    d output / d u (k, capacity, r). `capacity` >= n is the number of rows to allocate. Otherwise two empty tensors.
+    """
+    hidden, (n, d) = operands.hidden, operands.hidden.shape
+    stats = hidden.new_zeros(len(FIELDS), n, dtype=operands.work_dtype)
+    kept = kept_u = hidden.new_empty(0)
+    if plan.schedule == "keep":
+        kept = hidden.new_empty(capacity, operands.weight.shape[0])
+    elif plan.schedule == "frozen":
+        kept = hidden.new_empty(len(grad_outputs), capacity, d)
+        if operands.u is not None:
+            kept_u = hidden.new_empty(len(grad_outputs), capacity, operands.u.shape[1])
+    direct = plan.schedule == "keep" and not plan.tiled and kept.dtype == operands.work_dtype
+    scratch = kept.view(-1) if direct else scratch_tile(operands, plan)
+    wanted = outputs | {"entropy"} if "entropy" in grad_outputs else outputs
+    for rows in slabs(n, plan.slab_rows):
+        room = kept[rows].view(-1) if direct else scratch
+        found, tile = score_slab(operands, plan, rows, wanted, room)
+        for name, value in found.items():
+            stats[FIELDS.index(name), rows] = value.to(stats.dtype)
+        if plan.schedule == "keep" and not direct:
+            _store_products(operands, plan, rows, tile, scratch, kept)
+        elif plan.schedule == "frozen":
+            for k, name in enumerate(grad_outputs):
+                last = k == len(grad_outputs) - 1
+                unit = {name: torch.ones_like(found["lse"])}
+                whole = tile if last or tile is None else tile.clone()
+                grads = Gradients(operands, hidden=True, head=False, d_weight=None, weight=False)
+                grads.hidden, grads.u = kept[k], kept_u[k] if operands.u is not None else None
+                grads.add(rows, gradient_tiles(operands, plan, rows, found, unit, scratch, whole))
+    return stats, kept, kept_u
+
+
+def backward(
+    operands: Operands,
+    plan: Plan,
+    stats: dict[str, Tensor],  # (n,): lse, entropy
+    coefficients: dict[str, Tensor],  # (n,) each
+    kept: Tensor,
+    grads: Gradients,
+) -> None:
+    """Fill `grads` under `keep` or `recompute`."""
+    scratch = scratch_tile(operands, plan)
+    for rows in slabs(operands.hidden.shape[0], plan.slab_rows):
+        here = {k: v[rows] for k, v in stats.items()}
+        c = {k: v[rows] for k, v in coefficients.items()}
+        whole = None
+        if plan.schedule == "keep" and not plan.tiled:
+            source = kept[rows]
+            whole = scratch[: source.numel()].view(source.shape).copy_(source)
+        grads.add(rows, gradient_tiles(operands, plan, rows, here, c, scratch, whole))
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, work: torch.dtype) -> Tensor:
+    """total + a @ b with float32 accumulation, in place if there is a total; a is (M, K), b (K, C)."""
+    if a.dtype != work:  # half precision with a float32 result
+        if total is None:
+            return torch.mm(a, b, out_dtype=work)
+        if total.dtype == a.dtype:
+            return total.addmm_(a, b)
+        return torch.addmm(total, a, b, out_dtype=work, out=total)
+    if total is None:
+        total = a.new_zeros(a.shape[0], b.shape[1])
+    if total.dtype != work:
+        for rows in slabs(a.shape[0], _chunk(b.shape[1], work)):
+            total[rows] += torch.mm(a[rows], b.to(work))
+    elif b.dtype != work:
+        for inner in slabs(b.shape[0], _chunk(b.shape[1], work)):
+            total.addmm_(a[:, inner], b[inner].to(work))
+    else:
+        total.addmm_(a, b)
+    return total
+
+
+def _product_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """out (R, C) = hidden (R, D) @ weight (C, D).T with a result that is never rounded below the dtype of `out`."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    elif hidden.device.type == "cuda":
+        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        for cols in slabs(weight.shape[0], _chunk(weight.shape[1], out.dtype)):
+            torch.mm(hidden, weight[cols].to(out.dtype).T, out=out[:, cols])
+
+
+def _chunk(columns: int, dtype: torch.dtype) -> int:
+    return max(64, UPCAST_BYTES // max(1, columns * dtype.itemsize))
+
+
+def _narrow(tile: Tensor, like: Tensor) -> Tensor:
+    """The tile in the dtype of the gradient GEMMs, in its own storage: row r of the result begins where row r began."""
+    if like.dtype == tile.dtype or like.device.type != "cuda":
+        return tile
+    narrow = tile.view(like.dtype)[:, : tile.shape[1]]
+    for rows in slabs(tile.shape[0], max(1, (1 << 25) // max(1, tile.shape[1]))):
+        narrow[rows] = tile[rows].to(like.dtype)
+    return narrow
+
+
+def _store_products(operands: Operands, plan: Plan, rows: slice, tile: Tensor | None, scratch: Tensor, kept: Tensor) -> None:
+    if tile is not None:
+        kept[rows] = tile
+        return
+    for cols in slabs(operands.weight.shape[0], plan.tile_cols):
+        kept[rows, cols] = products(operands, rows, cols, scratch)

@@ -1,0 +1,176 @@
+"""Which schedule computes the head, in what slabs and tiles, and why.
+
+FLOPs are counted in NVD: one GEMM of the head over N live rows is 2NVD.
+
+| schedule    | when `auto` takes it                                  | FLOPs | kept for the backward       |
+|-------------|-------------------------------------------------------|-------|-----------------------------|
+| `none`      | nothing wants a gradient                              | 2NVD  | nothing                     |
+| `frozen`    | only the hidden states want a gradient                | 4NVD  | d logp / d hidden, (N, D)   |
+| `slab`      | the loss is known while the slab is there             | 6NVD  | nothing (4NVD, frozen head) |
+| `keep`      | the logits of all rows fit the budget                 | 6NVD  | logits (N, V), input dtype  |
+| `recompute` | otherwise                                             | 8NVD  | log-sum-exp (N,)            |
+
+A slab is `slab_rows` whole rows of logits. When the budget has no room for MIN_ROWS whole rows, a slab is cut into
+tiles of `tile_cols` columns; `slab` and `frozen` then form the logits twice, which costs another 2NVD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+SCHEDULES = ("none", "frozen", "slab", "keep", "recompute")
+IMPLEMENTATIONS = ("torch", "reference")
+MIN_ROWS = {"cpu": 64, "cuda": 1024}  # fewer rows make a GEMM re-read the weight for too little work
+MAX_ROWS = {"cpu": 1024, "cuda": 8192}  # more rows gain nothing
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The planner's choice. Sizes in bytes; `nvd` counts multiples of N V D floating-point operations."""
+
+    schedule: str
+    impl: str
+    budget: int
+    slab_rows: int
+    tile_cols: int
+    nvd: int
+    scratch: int
+    kept: int
+    reasons: tuple[str, ...]
+
+    @property
+    def tiled(self) -> bool:
+        """Whether a slab is cut over the vocabulary as well."""
+        return any("tiles" in r for r in self.reasons)
+
+    def __str__(self) -> str:
+        head = f"schedule {self.schedule}, impl {self.impl}: {self.nvd} NVD"
+        sizes = f"slabs of {self.slab_rows} rows x {self.tile_cols} columns, {self.scratch / MIB:.1f} MiB scratch of {self.budget / MIB:.1f} MiB budget"
+        return "\n".join([head, f"  {sizes}, {self.kept / MIB:.1f} MiB kept", *(f"  {r}" for r in self.reasons)])
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes of logits scratch where the caller names none: 2 % of the device's memory, as a power of two.
+
+    It depends on the machine and not on what is free at the moment: slab boundaries change the rounding of the weight's
+    gradient, and a rerun must give the same bits. CPUs are capped at 128 MiB, beyond which nothing gets faster.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return 1 << (total // 50).bit_length() - 1
+    return min(128 * MIB, 1 << (_host_memory() // 50).bit_length() - 1)
+
+
+def make_plan(
+    rows: int,
+    vocabulary: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    hidden_grad: bool = True,
+    head_grad: bool = True,
+    local_loss: bool = False,
+    group_rows: int = 1,
+    grad_outputs: int = 1,
+    schedule: str = "auto",
+    budget: int | None = None,
+    impl: str = "auto",
+) -> Plan:
+    """Choose a schedule and its slabs.
+
+    rows                live rows N (those with a target)
+    hidden_grad         the hidden states (or the inputs of a LoRA on the head) want a gradient
+    head_grad           the weight, its bias or its LoRA want a gradient
+    local_loss          the loss decomposes over row groups and is known while the slab is there (`linear_loss`)
+    group_rows          rows of the largest group that a slab may not split
+    grad_outputs        differentiable outputs that were asked for
+
+    Raises ValueError for a schedule that cannot serve the request, naming one that can.
+    """
+    device = torch.device(device)
+    impl = _choose_impl(impl)
+    budget = default_budget(device) if budget is None else int(budget)
+    if budget <= 0:
+        raise ValueError(f"budget must be a positive number of bytes, got {budget}")
+    work = torch.promote_types(dtype, torch.float32).itemsize
+    min_rows = min(max(1, rows), max(MIN_ROWS.get(device.type, 64), group_rows if local_loss else 1))
+    reasons: list[str] = []
+
+    # One slab: logits in the working dtype, plus what a half-precision CPU GEMM upcasts.
+    slab_rows = budget // max(1, vocabulary * work)
+    tile_cols = vocabulary
+    if slab_rows < min_rows:
+        slab_rows = min_rows
+        tile_cols = max(1, min(vocabulary, budget // (min_rows * work)))
+        if tile_cols < vocabulary:
+            reasons.append(f"{budget / MIB:.1f} MiB hold fewer than {min_rows} whole rows: slabs are cut into tiles of {tile_cols} columns")
+    slab_rows = max(min_rows, min(slab_rows, MAX_ROWS.get(device.type, 1024), max(1, rows)))
+    tiled = tile_cols < vocabulary
+    scratch = slab_rows * tile_cols * work
+    logits_bytes = rows * vocabulary * dtype.itemsize
+
+    if schedule == "auto":
+        if not (hidden_grad or head_grad):
+            schedule, why = "none", "nothing wants a gradient"
+        elif local_loss:
+            schedule, why = "slab", "the loss is known slab by slab"
+        elif not head_grad:
+            schedule, why = "frozen", "the head is frozen: its row gradients are formed in the forward"
+        elif logits_bytes + scratch <= budget:
+            schedule, why = "keep", f"all logits fit the budget ({logits_bytes / MIB:.1f} MiB)"
+        else:
+            schedule, why = "recompute", f"all logits need {logits_bytes / MIB:.1f} MiB, more than the budget"
+        reasons.append(why)
+    else:
+        _check_schedule(schedule, hidden_grad=hidden_grad, head_grad=head_grad, local_loss=local_loss)
+        reasons.append("the caller asked for this schedule")
+
+    gemms = {"none": 1, "frozen": 1 + grad_outputs, "slab": 1 + hidden_grad + head_grad, "keep": 1 + hidden_grad + head_grad}
+    gemms["recompute"] = 2 + hidden_grad + head_grad
+    nvd = 2 * (gemms[schedule] + (tiled and schedule in ("frozen", "slab")))
+    kept = {"frozen": rows * hidden_size * dtype.itemsize * grad_outputs, "keep": logits_bytes}.get(schedule, rows * 4)
+    return Plan(schedule, impl, budget, slab_rows, tile_cols, nvd, scratch, 0 if schedule in ("none", "slab") else kept, tuple(reasons))
+
+
+def explain(rows: int, vocabulary: int, hidden_size: int, **request: object) -> str:
+    """What `make_plan` chooses for a request, in words.
+
+    >>> print(explain(4096, 151936, 512, budget=64 * 2**20))
+    schedule recompute, impl torch: 8 NVD
+      slabs of 110 rows x 151936 columns, 63.8 MiB scratch of 64.0 MiB budget, 0.0 MiB kept
+      all logits need 2374.0 MiB, more than the budget
+    """
+    return str(make_plan(rows, vocabulary, hidden_size, **request))  # type: ignore[arg-type]
+
+
+def _choose_impl(impl: str) -> str:
+    if impl == "auto":
+        return "torch"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
+    return impl
+
+
+def _check_schedule(schedule: str, *, hidden_grad: bool, head_grad: bool, local_loss: bool) -> None:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be 'auto' or one of {SCHEDULES}, got {schedule!r}")
+    if schedule == "slab" and not local_loss:
+        raise ValueError("schedule 'slab' needs the loss while the slab is there: call linear_loss, or use 'keep' or 'recompute'")
+    if schedule == "none" and (hidden_grad or head_grad):
+        raise ValueError("schedule 'none' gives no gradient, but an input requires one: use 'auto', or detach it or enter torch.no_grad()")
+    if schedule == "frozen" and head_grad:
+        raise ValueError("schedule 'frozen' gives the head no gradient, but weight, bias or lora requires one: use 'auto' or 'recompute'")
+
+
+@lru_cache
+def _host_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return 8 << 30
