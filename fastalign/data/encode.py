@@ -1,0 +1,199 @@
+"""Checked rows to token ids, in batches, with the same ids as TRL 1.16's DPOTrainer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.data.examples import Message, PreferenceExample, Turns
+from fastalign.data.tokenizer import require_chat_template, require_eos
+from fastalign.errors import DataError, TemplateError
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a pair, not yet cut. The sequences are `prompt + chosen` and `prompt + rejected`."""
+
+    example: PreferenceExample
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+
+
+class PairEncoder:
+    """Tokenizes preference rows and counts what a user should hear about in `notices`.
+
+    Plain rows: prompt and completion are tokenized as one text, EOS appended unless the text has it. Conversational rows:
+    rendered by the chat template; a template that ends the assistant's turn with no special token at all gets EOS
+    appended. The completion starts where the ids of the prompt and of either sequence part.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
+        require_eos(tokenizer)
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size or len(tokenizer)
+        self.notices: Counter[str] = Counter()
+        self._eos, self._eos_id = str(tokenizer.eos_token), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self._adds_eos = tokenizer("a")["input_ids"][-1:] == [self._eos_id]
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._turn_ends = tuple(special | set(tokenizer.all_special_tokens))
+        self._shared_ids = list(range(self.vocab_size))  # one int object per id: a stored token costs 8 bytes, not 36
+        self._keeps_parts: bool | None = None
+
+    def encode(self, examples: Sequence[PreferenceExample]) -> list[EncodedPair | DataError]:
+        """One result per example, in order: its ids, or the error that names it."""
+        results: dict[int, EncodedPair | DataError] = {}
+        for conversational in (False, True):
+            group = [i for i, example in enumerate(examples) if example.conversational == conversational]
+            texts: list[str] = []
+            rendered: list[int] = []
+            to_texts: Callable[[PreferenceExample], list[str]] = self._render if conversational else self._plain
+            for i in group:
+                try:
+                    texts += to_texts(examples[i])
+                    rendered.append(i)
+                except DataError as error:
+                    results[i] = error
+            if not texts:
+                continue
+            ids = self.tokenizer(
+                texts,
+                add_special_tokens=not conversational,  # a chat template writes its own
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+            for k, i in enumerate(rendered):
+                try:
+                    results[i] = self._pair(examples[i], texts[3 * k : 3 * k + 3], ids[3 * k : 3 * k + 3])
+                except DataError as error:
+                    results[i] = error
+        return [results[i] for i in range(len(examples))]
+
+    def _plain(self, example: PreferenceExample) -> list[str]:
+        assert isinstance(example.prompt, str)
+        ended = [text if text.endswith(self._eos) else text + self._eos for text in (example.chosen, example.rejected)]  # type: ignore
+        return [example.prompt, *(f"{example.prompt}{text}" for text in ended)]
+
+    def _render(self, example: PreferenceExample) -> list[str]:
+        require_chat_template(self.tokenizer, example.place)
+        prompt, chosen, rejected = (self._messages(turns) for turns in (example.prompt, example.chosen, example.rejected))
+        return [
+            self._template(example, prompt, add_generation_prompt=True),
+            self._template(example, prompt + chosen),
+            self._template(example, prompt + rejected),
+        ]
+
+    def _template(self, example: PreferenceExample, messages: list[Message], **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+                messages, tools=example.tools, tokenize=False, **options, **dict(example.template_kwargs)
+            )
+        except Exception as error:  # a template is a program of the user's
+            roles = ", ".join(message["role"] for message in messages)
+            raise TemplateError(f"{example.place}: the chat template cannot render the messages ({roles}): {error}") from error
+
+    def _messages(self, turns: Turns) -> list[Message]:
+        """Text parts joined to one text, unless the template itself reads parts."""
+        assert not isinstance(turns, str)
+        if all(isinstance(message.get("content", ""), str) for message in turns):
+            return turns
+        if self._keeps_parts is None:
+            self._keeps_parts = _template_reads_parts(self.tokenizer)
+        if self._keeps_parts:
+            return turns
+        joined = []
+        for message in turns:
+            content = message.get("content", "")
+            joined.append({**message, "content": content if isinstance(content, str) else "".join(part["text"] for part in content)})
+        return joined
+
+    def _pair(self, example: PreferenceExample, texts: list[str], ids: list[Ids]) -> EncodedPair:
+        prompt, chosen, rejected = ids
+        if not example.conversational:
+            if self._adds_eos:  # the text has its EOS already, and a prompt has none
+                prompt, chosen, rejected = prompt[:-1], chosen[:-1], rejected[:-1]
+            if chosen[-1] != self._eos_id or rejected[-1] != self._eos_id:
+                raise TemplateError(
+                    f"{example.place}: the tokenizer does not read its own EOS text {self._eos!r} as one token; "
+                    'mark it "special" under added_tokens in tokenizer.json'
+                )
+        else:
+            chosen, rejected = (self._ended(text, full) for text, full in zip(texts[1:], (chosen, rejected)))
+        start = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
+        if start < len(prompt):
+            self._moved(example, texts, prompt, start)
+        share = self._shared_ids.__getitem__
+        try:
+            return EncodedPair(
+                example, list(map(share, prompt[:start])), list(map(share, chosen[start:])), list(map(share, rejected[start:]))
+            )
+        except IndexError:
+            worst = max(max(part, default=0) for part in ids)
+            raise DataError(
+                f"{example.place}: token id {worst} ({self.tokenizer.convert_ids_to_tokens(worst)!r}) is beyond the model's "
+                f"{self.vocab_size} token ids; use the tokenizer that belongs to the model, or resize its embeddings"
+            ) from None
+
+    def _ended(self, text: str, ids: Ids) -> Ids:
+        if ids and ids[-1] == self._eos_id:
+            return ids
+        end = text.rstrip()
+        if not end.endswith(self._turn_ends):
+            self.notices[f"the chat template does not end the assistant's turn; EOS {self._eos!r} was appended to the completion"] += 1
+            return [*ids, self._eos_id]
+        if not end.endswith(self._eos):
+            token = max((t for t in self._turn_ends if end.endswith(t)), key=len)
+            self.notices[
+                f"the chat template ends the assistant's turn with {token!r}, not with EOS {self._eos!r}: "
+                "generation has to stop on it (eos_token_id in generation_config.json)"
+            ] += 1
+        return ids
+
+    def _moved(self, example: PreferenceExample, texts: list[str], prompt: Ids, start: int) -> None:
+        """Tokens at the prompt's end that the sequences do not have: a notice, or an error if they are the user's words."""
+        tail = self.tokenizer.decode(prompt[start:], clean_up_tokenization_spaces=False)
+        if example.conversational:
+            bare = self._template(example, self._messages(example.prompt))
+            words = texts[0][: common_prefix_length(bare, texts[0])].rstrip()
+            for full in texts[1:]:
+                same = common_prefix_length(texts[0], full)
+                if same < len(words):
+                    raise TemplateError(
+                        f"{example.place}: the chat template is not prefix-stable: alone the prompt goes on with "
+                        f"{_excerpt(texts[0], same)}, before the completion with {_excerpt(full, same)}; "
+                        "use a template (data.chat_template) or chat_template_kwargs that render a prompt the same way in both"
+                    )
+        self.notices[
+            f"the prompt's last tokens {tail!r} are not what comes before the completion (the template or a token merge across the "
+            "boundary): they are left out, and the completion starts where the two part; at inference the model sees them"
+        ] += 1
+
+
+def common_prefix_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Length of the longest common prefix. `common_prefix_length([1, 2, 3], [1, 2, 4]) == 2`."""
+    shorter = min(len(left), len(right))
+    if left[:shorter] == right[:shorter]:
+        return shorter
+    return next(i for i, (a, b) in enumerate(zip(left, right)) if a != b)
+
+
+def _template_reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template turns [{"type": "text", "text": ...}] into its text (others print the list or fail)."""
+    probe = "fastalign-probe"
+    try:
+        messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": probe}]}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:
+        return False
+    return probe in text and f"'{probe}'" not in text and f'"{probe}"' not in text
+
+
+def _excerpt(text: str, start: int) -> str:
+    return repr(text[start : start + 40]) if start < len(text) else "nothing"
