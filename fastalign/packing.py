@@ -65,11 +65,11 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     lengths: list[int] = []
     live_lengths: list[int] = []
     for sample in samples:
-        for completion in sample.completions:
+        for prompt, completion in zip(sample.contexts, sample.completions):
             start = len(tokens)
-            length = len(sample.prompt) + len(completion)
-            first = max(len(sample.prompt) - 1, 0)  # the row that predicts the first scored token
-            tokens += sample.prompt
+            length = len(prompt) + len(completion)
+            first = max(len(prompt) - 1, 0)  # the row that predicts the first scored token
+            tokens += prompt
             tokens += completion
             positions += range(length)
             live += range(start + first, start + length - 1)

@@ -39,22 +39,38 @@ class Sample:
 
     A preference pair has completions `(chosen, rejected)`. Sequences are `prompt + completion`; a completion ends with
     EOS unless it was truncated. `index` is the row of the data set, stable over shuffles and resumes.
+
+    `skip` says how many of the prompt's first tokens each sequence leaves out; () is none. It differs between the
+    sequences of a pair when each is cut from its start to the same length.
     """
 
     index: int
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
     weight: float = 1.0
+    skip: tuple[int, ...] = ()
+
+    @property
+    def contexts(self) -> tuple[tuple[int, ...], ...]:
+        """The part of the prompt before each completion."""
+        if not self.skip:
+            return (self.prompt,) * len(self.completions)
+        return tuple(self.prompt[start:] for start in self.skip)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the sample occupies in a packed batch."""
-        return sum(len(self.prompt) + len(c) for c in self.completions)
+        return len(self.prompt) * len(self.completions) - sum(self.skip) + sum(map(len, self.completions))
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """Scored tokens of each sequence: its completion, less the first token when nothing comes before it."""
+        return tuple(max(0, len(c) - (not context)) for c, context in zip(self.completions, self.contexts))
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are scored: completion tokens, less the first token of a sequence with an empty prompt."""
-        return sum(max(0, len(c) - (not self.prompt)) for c in self.completions)
+        """Tokens that are scored, over all sequences."""
+        return sum(self.scored)
 
 
 @dataclass(frozen=True)

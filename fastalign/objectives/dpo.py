@@ -73,7 +73,7 @@ class DPO:
         self.budget = config.logits_budget
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
-        scored = [[max(0, len(c) - (not s.prompt)) for c in s.completions] for s in samples]
+        scored = [s.scored for s in samples]
         chosen, rejected = (float(sum(lengths)) for lengths in zip(*scored))
         return {"pairs": float(len(samples)), "chosen_tokens": chosen, "rejected_tokens": rejected}
 
