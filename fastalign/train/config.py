@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from fastalign.errors import ConfigError, OutputError
+from fastalign.errors import ConfigError
+from fastalign.train.folder import writing
 from fastalign.train.options import Option, convert, default_of, example, expected, kind_of, members, nearest, nested_class, options
 
 Config = TypeVar("Config")
@@ -50,25 +50,26 @@ def load(path: Path | str, config_class: type[Config]) -> Config:
 
 
 def dump(config: Any, path: Path | str) -> None:
-    """Write every option, defaults included, as YAML that `load` turns back into an equal config; whole or not at all."""
+    """Write every option, defaults included, as YAML that `load` turns back into an equal config; whole or not at all.
+
+    `resume` and `overwrite` are what one command line did to the folder, not what the run is: they are written as false.
+    """
     path = Path(path)
+    content = _plain(dataclasses.asdict(config))
+    content |= {name: False for name in ("resume", "overwrite") if name in content}
     text = f"# Every option of this run, resolved. Train again from it: fastalign {config.name} --config {path.name} --output NEW\n"
-    text += yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot write the resolved config ({error.strerror or error}); free or choose another --output"
-        ) from error
+    write_text(path, text + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file `path` durably, in one step. Raises OutputError when the disk refuses; then the old file stays."""
+    temporary = path.with_name(f".{path.name}.new")
+    with writing(path):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def resume_config(argv: Sequence[str], config_class: type[Config], run: Path) -> Config:

@@ -1,0 +1,163 @@
+"""The `fastalign` command. Heavy imports wait until a subcommand needs them, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fastalign import __version__
+from fastalign.errors import ConfigError, FastalignError
+
+# Algorithm -> where its config dataclass lives. `fastalign NAME` trains with it.
+ALGORITHMS = {"dpo": ("fastalign.objectives.dpo", "DPOConfig")}
+
+HELP = """\
+usage: fastalign COMMAND [options]
+
+Trains language models from preferences. Every command explains itself: fastalign COMMAND --help
+
+  dpo          train on preference pairs (DPO, IPO, hinge): --model.path DIR --data.path FILE --output RUN
+  eval         accuracy, margins and loss of a model or run on held-out pairs: --model.path RUN --data.path FILE
+  report RUN   write RUN/report.html and its curves again
+  data check FILE   validate a data file and show rendered samples with the loss mask in colour
+  demo         build a small model, train it on generated preferences and show before and after
+
+  --version    print the version
+  --debug      with any command: show the traceback of an error
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0, 2 for an error that is explained on stderr, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except FastalignError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `fastalign ... | head`; keep the exit handlers quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] == "--version":
+        print(f"fastalign {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command in ALGORITHMS:
+        return _train(command, rest)
+    commands: dict[str, Callable[[list[str]], int]] = {"eval": _eval, "report": _report, "data": _data, "demo": _demo}
+    if command not in commands:
+        from fastalign.train.options import nearest
+
+        near = nearest(command, [*ALGORITHMS, *commands])
+        raise ConfigError(f"unknown command {command!r}; " + (f"did you mean {near}?" if near else "fastalign --help lists all"))
+    return commands[command](rest)
+
+
+def _train(name: str, argv: list[str]) -> int:
+    from fastalign.train.config import given_options, parse, resume_config
+
+    module, class_name = ALGORITHMS[name]
+    config_class: Any = getattr(import_module(module), class_name)
+    if _wants_help(argv):
+        return _print_help(config_class, f"fastalign {name} --model.path DIR --data.path FILE --output RUN [options]")
+    flags = given_options(argv, config_class)
+    run = Path(flags.get("output") or "")
+    if flags.get("resume") and flags.get("output") and (run / "config.yaml").exists():
+        config = resume_config(argv, config_class, run)
+    elif flags.get("resume") and flags.get("output") and "model.path" not in flags and "--config" not in argv:
+        raise ConfigError(f"--resume: {run} has no config.yaml, so there is no run to resume; check --output")
+    else:
+        config = parse(argv, config_class)
+    import_module("fastalign.train.loop").train(config)
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    from fastalign.train.config import parse
+    from fastalign.train.evaluate import EvalConfig, evaluate, show
+
+    if _wants_help(argv):
+        return _print_help(EvalConfig, "fastalign eval --model.path DIR_OR_RUN --data.path FILE [--reference DIR] [options]")
+    config = parse(argv, EvalConfig)
+    show(evaluate(config), config)
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    usage = "usage: fastalign report RUN    writes RUN/report.html and RUN/report/*.png from RUN/metrics.jsonl"
+    if _wants_help(argv):
+        print(usage)
+        return 0
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise ConfigError(f"report takes the folder of one run, got {' '.join(argv) or 'nothing'!r}; {usage}")
+    from fastalign.train.report import write_report
+
+    print(write_report(Path(argv[0])))
+    return 0
+
+
+def _data(argv: list[str]) -> int:
+    usage = "fastalign data check FILE [--model.path DIR] [--data.* options]"
+    if not argv or _wants_help(argv[:1]):
+        print(f"usage: {usage}")
+        return 0
+    if argv[0] != "check":
+        raise ConfigError(f"unknown command data {argv[0]!r}; did you mean data check?")
+    from dataclasses import field, make_dataclass
+
+    from fastalign.data.config import DataConfig
+    from fastalign.models.config import ModelConfig
+    from fastalign.train.config import parse
+
+    parts = [("data", DataConfig, field(default_factory=DataConfig)), ("model", ModelConfig, field(default_factory=ModelConfig))]
+    check_class: Any = make_dataclass("CheckConfig", parts)
+    check_class.__doc__ = "Validate a data file and show a few samples; with --model.path also tokenized, with the loss mask in colour."
+    if _wants_help(argv):
+        return _print_help(check_class, usage)
+    rest = argv[1:]
+    if rest and not rest[0].startswith("--"):
+        rest = ["--data.path", *rest]
+    config = parse(rest, check_class)
+    if not config.data.path:
+        raise ConfigError(f"data check needs a file; usage: {usage}")
+    raise NotImplementedError
+
+
+def _demo(argv: list[str]) -> int:
+    raise NotImplementedError
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def _print_help(config_class: type, usage: str) -> int:
+    from fastalign.train.options import help_text
+
+    print(help_text(config_class, usage))
+    return 0

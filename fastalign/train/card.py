@@ -1,0 +1,150 @@
+"""The model card of a run: `final/README.md`, in the form that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastalign import __version__
+from fastalign.train.config import flat, write_text
+from fastalign.train.metrics import read_metrics
+from fastalign.train.options import options, shown
+from fastalign.train.report import final_metrics, is_eval, text_of
+
+_SHOWN = (
+    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "num_tokens",
+)  # fmt: skip
+
+_PAPERS = {
+    "dpo": ("https://arxiv.org/abs/2305.18290", """@inproceedings{rafailov2023direct,
+  title = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+  author = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Manning, Christopher D. and Ermon, Stefano and Finn, Chelsea},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2023},
+  url = {https://arxiv.org/abs/2305.18290}
+}"""),
+}  # fmt: skip
+
+
+def write_card(run_dir: Path | str, config: Any) -> Path:
+    """Write the model card of the run in `run_dir`, whose `final/` exists, and return its path.
+
+    It says what was trained on what, with which command and versions, and how it ended. Absolute paths are cut to their last
+    part: a card is published, and the folders of its author are nobody's business.
+    """
+    run = Path(run_dir)
+    rows = read_metrics(run / "metrics.jsonl")
+    train, evals = [row for row in rows if not is_eval(row)], [row for row in rows if is_eval(row)]
+    adapter = (run / "final" / "adapter_config.json").is_file()
+    base, data = _public(config.model.path), _public(config.data.path)
+    name = f"{_last(base)}-{config.name}"
+    table = [
+        f"| {metric} | {text_of(mean)} | {text_of(held_out)} |"
+        for metric, _, mean, _, held_out in final_metrics(train, evals)
+        if metric in _SHOWN and (mean is not None or held_out is not None)
+    ]
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(config, base, data, adapter), sort_keys=False, allow_unicode=True)}---\n",
+        f"# {name}\n",
+        f"{'A LoRA adapter for' if adapter else 'A fine-tuned version of'} `{base}`, trained on the preferences in `{data}` by "
+        f"{config.name.upper()} ({_options_line(config)}) with fastalign {__version__}, "
+        f"{train[-1]['step'] if train else 0} optimizer steps.\n",
+        f"## Use\n\n```python\n{_usage(base, adapter)}\n```\n",
+        f"## Training\n\n```bash\n{command(config, public=True)}\n```\n",
+        _counts(run / "data.json"),
+        "## Results\n\n| metric | training, end | held out |\n|---|---:|---:|\n" + "\n".join(table) + "\n" if table else "",
+        "Training figures are means over the last tenth of the steps. Rewards are implicit: beta times the log-ratio to the "
+        "reference model, in nats; accuracy is the share of pairs whose chosen answer has the higher one.\n"
+        if table
+        else "",
+        f"## Versions\n\n{_versions()}\n",
+        _citation(config.name),
+    ]
+    card = run / "final" / "README.md"
+    write_text(card, "\n".join(part for part in parts if part))
+    return card
+
+
+def command(config: Any, *, public: bool = False) -> str:
+    """The shortest command line that repeats the run: every option that differs from its default.
+
+    With `public` absolute paths are cut to their last part.
+    """
+    defaults = options(type(config))
+    words = ["fastalign", config.name]
+    for name, value in flat(config).items():
+        if name in ("resume", "overwrite") or value == defaults[name].default:
+            continue
+        if value is True:
+            words.append(f"--{name}")
+            continue
+        text = json.dumps(value) if isinstance(value, (dict, list, tuple)) else repr(value) if isinstance(value, float) else shown(value)
+        words += [f"--{name}", shlex.quote(_public(text) if public else text)]
+    return " ".join(words)
+
+
+def _front_matter(config: Any, base: str, data: str, adapter: bool) -> dict[str, Any]:
+    front: dict[str, Any] = {"base_model": base, "library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["fastalign", config.name, "preference-optimization", *(["lora"] if adapter else [])]
+    if "/" in data and "." not in _last(data):  # a data set of the hub, not a file
+        front["datasets"] = [data]
+    front["model_name"] = f"{_last(base)}-{config.name}"
+    return front
+
+
+def _options_line(config: Any) -> str:
+    names = ("loss_type", "beta", "learning_rate", "batch_size", "seed", "lora.r")
+    values: Mapping[str, Any] = flat(config)
+    return ", ".join(f"{name} {shown(values[name])}" for name in names if values.get(name) not in (None, 0, ""))
+
+
+def _usage(base: str, adapter: bool) -> str:
+    if adapter:
+        return (
+            "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
+            'folder = "final"  # this folder, or its name on the hub\n'
+            "model = AutoPeftModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)"
+        )
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "final"  # this folder, or its name on the hub\n'
+        "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)"
+    )
+
+
+def _counts(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    counts = json.loads(path.read_text(encoding="utf-8"))
+    dropped = counts.get("dropped") or {}
+    lines = [
+        f"{counts[key]:,} {label}" for key, label in (("train", "pairs trained on"), ("held_out", "pairs held out")) if counts.get(key)
+    ]
+    lines += [f"{count:,} rows dropped: {reason}" for reason, count in dropped.items()]
+    return "## Data\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _versions() -> str:
+    packages = ("torch", "transformers", "peft")
+    return ", ".join([f"fastalign {__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in packages)])
+
+
+def _citation(algorithm: str) -> str:
+    if algorithm not in _PAPERS:
+        return ""
+    url, entry = _PAPERS[algorithm]
+    return f"## Citation\n\nThe method: {url}\n\n```bibtex\n{entry}\n```\n"
+
+
+def _public(path: str) -> str:
+    return _last(path) if path.startswith(("/", "~")) or path[1:3] in (":\\", ":/") else path
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
