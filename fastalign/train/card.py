@@ -123,9 +123,7 @@ def _counts(path: Path) -> str:
         return ""
     counts = json.loads(path.read_text(encoding="utf-8"))
     dropped = counts.get("dropped") or {}
-    lines = [
-        f"{counts[key]:,} {label}" for key, label in (("train", "pairs trained on"), ("held_out", "pairs held out")) if counts.get(key)
-    ]
+    lines = [f"{counts[key]:,} {label}" for key, label in (("train", "pairs trained on"), ("held_out", "held out")) if counts.get(key)]
     lines += [f"{count:,} rows dropped: {reason}" for reason, count in dropped.items()]
     return "## Data\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 

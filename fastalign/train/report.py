@@ -46,7 +46,7 @@ def write_report(run_dir: Path | str) -> Path:
         for curve, image in figures.items():
             (run / "report" / f"{curve.name}.png").write_bytes(image)
     page = run / "report.html"
-    writetext_of(page, _page(run, train, evals, figures))
+    write_text(page, _page(run, train, evals, figures))
     return page
 
 
@@ -132,7 +132,7 @@ def _samples(path: Path) -> str:
     if not path.is_file():
         return ""
     samples = []
-    for number, line in enumerate(path.readtext_of(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
                 samples.append(dict(json.loads(line)))
@@ -148,7 +148,7 @@ def _samples(path: Path) -> str:
 
 def _counts(path: Path) -> list[tuple[str, str]]:
     try:
-        content = json.loads(path.readtext_of(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); delete it to leave the counts out of the report") from error
     return [(key.replace(".", ", ").replace("_", " "), text_of(value)) for key, value in _flat(content)]
@@ -170,7 +170,7 @@ def _read_config(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.readtext_of(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({error}); restore it to write the report") from error
     return content if isinstance(content, dict) else {}
