@@ -6,7 +6,7 @@ Everything here works on the live rows of one call (`Operands`), with n rows, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,19 +59,27 @@ class Operands(NamedTuple):
 class Gradients:
     """Accumulates dL/d operand over slabs and tiles: float32 sums, each rounded once to the dtype of its operand."""
 
-    def __init__(self, operands: Operands, *, hidden: bool, head: bool, d_weight: Tensor | None, weight: bool) -> None:
-        n, work = operands.hidden.shape[0], operands.work_dtype
-        device = operands.hidden.device
+    def __init__(self, operands: Operands, needs: Sequence[bool], d_weight: Tensor | None) -> None:
+        hidden, weight, bias, u, lora_weight = needs  # a gradient is wanted
 
-        def zeros(like: Tensor) -> Tensor:
-            return torch.zeros(like.shape, dtype=work, device=device)
+        def zeros(like: Tensor | None) -> Tensor | None:
+            return None if like is None else torch.zeros(like.shape, dtype=operands.work_dtype, device=like.device)
+
+        def rows(like: Tensor | None) -> Tensor | None:
+            return None if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
 
         self.operands = operands
-        self.hidden = torch.empty_like(operands.hidden, memory_format=torch.contiguous_format) if hidden else None
-        self.u = None if operands.u is None or not (hidden or head) else operands.u.new_empty(n, operands.u.shape[1])
+        self.hidden = rows(operands.hidden) if hidden else None
+        self.u = rows(operands.u) if u else None
         self.weight = d_weight if d_weight is not None else zeros(operands.weight) if weight else None
-        self.bias = zeros(operands.bias) if head and operands.bias is not None else None
-        self.lora_weight = zeros(operands.lora_weight) if head and operands.lora_weight is not None else None
+        self.bias = zeros(operands.bias) if bias else None
+        self.lora_weight = zeros(operands.lora_weight) if lora_weight else None
+
+    def over(self, operands: Operands) -> Gradients:
+        """The same sums over the vocabulary, with rows of their own for other live rows."""
+        part = Gradients(operands, (self.hidden is not None, False, False, self.u is not None, False), None)
+        part.weight, part.bias, part.lora_weight = self.weight, self.bias, self.lora_weight
+        return part
 
     def add(self, rows: slice, tiles: Iterator[tuple[slice, Tensor]]) -> None:
         """Add one slab: `tiles` yields its column ranges with dL/d(raw product) in the dtype of the gradient GEMMs."""
@@ -185,7 +193,7 @@ def forward(
                 last = k == len(grad_outputs) - 1
                 unit = {name: torch.ones_like(found["lse"])}
                 whole = tile if last or tile is None else tile.clone()
-                grads = Gradients(operands, hidden=True, head=False, d_weight=None, weight=False)
+                grads = Gradients(operands, (False,) * 5, None)
                 grads.hidden, grads.u = kept[k], kept_u[k] if operands.u is not None else None
                 grads.add(rows, gradient_tiles(operands, plan, rows, found, unit, scratch, whole))
     return stats, kept, kept_u
@@ -197,6 +205,7 @@ def backward(
     stats: dict[str, Tensor],  # (n,): lse, entropy
     coefficients: dict[str, Tensor],  # (n,) each
     kept: Tensor,
+    index: Tensor | None,  # (n,) rows of `kept`; None: all
     grads: Gradients,
 ) -> None:
     """Fill `grads` under `keep` or `recompute`."""
@@ -206,8 +215,11 @@ def backward(
         c = {k: v[rows] for k, v in coefficients.items()}
         whole = None
         if plan.schedule == "keep" and not plan.tiled:
-            source = kept[rows]
-            whole = scratch[: source.numel()].view(source.shape).copy_(source)
+            n, vocabulary = rows.stop - rows.start, kept.shape[1]
+            whole = scratch[: n * vocabulary].view(n, vocabulary)
+            for part in slabs(n, n if index is None else 16):
+                source = slice(rows.start + part.start, rows.start + part.stop)
+                whole[part] = kept[source if index is None else index[source]]
         grads.add(rows, gradient_tiles(operands, plan, rows, here, c, scratch, whole))
 
 

@@ -6,20 +6,19 @@ knows no row counts, so `auto` means `frozen` or `recompute`, and what is kept h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign.head import function
+from fastalign.head.autograd import pull_back, spread
+from fastalign.head.call import Call
 from fastalign.head.function import FIELDS, Operands
 from fastalign.head.plan import Plan, make_plan
 
-if TYPE_CHECKING:
-    from fastalign.head.api import _Call
 
-
-def traced(call: _Call, *, schedule: str, budget: int | None, impl: str, logit_scale: float, softcap: float | None) -> Tensor:
+def traced(call: Call, *, schedule: str, budget: int | None, impl: str) -> Tensor:
     """(6, N) statistics through the registered op."""
     hidden, weight, bias, u, b = call.tensors
     if call.d_weight is not None:
@@ -36,8 +35,8 @@ def traced(call: _Call, *, schedule: str, budget: int | None, impl: str, logit_s
         b,
         call.temperature if per_token else None,
         1.0 if per_token else float(call.temperature),
-        logit_scale,
-        softcap,
+        call.logit_scale,
+        call.softcap,
         call.ignore_index,
         ",".join(sorted(call.outputs)),
         ",".join(call.grad_outputs),
@@ -76,9 +75,7 @@ def linear_logps_op(
     plan = _plan(operands, n, schedule, budget, impl, len(wanted))
     some = operands.take(live)
     found, kept, kept_u = function.forward(some, plan, frozenset(outputs.split(",")), wanted, hidden.shape[0])
-    if live is not None:
-        found = found.new_zeros(len(FIELDS), hidden.shape[0]).index_copy_(1, live, found)
-    return found, kept, kept_u
+    return found if live is None else spread(found.T, live, hidden.shape[0]).T.contiguous(), kept, kept_u
 
 
 @linear_logps_op.register_fake
@@ -134,8 +131,6 @@ def linear_logps_backward_op(
     needs: list[bool],  # hidden, weight, bias, u, lora_weight
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five operands; an empty tensor where none is needed."""
-    from fastalign.head.api import function_backward
-
     operands = Operands(
         hidden, weight, target, bias, u, lora_weight, temperature if temperatures is None else temperatures, logit_scale, softcap
     )
@@ -144,7 +139,7 @@ def linear_logps_backward_op(
     found, d_live = (stats, d_stats) if live is None else (stats[:, live], d_stats[:, live])
     plan = _plan(operands, found.shape[1], schedule, budget, impl, len(wanted))
     coefficients = {name: d_live[FIELDS.index(name)] for name in wanted}
-    grads = function_backward(operands, plan, live, found, coefficients, kept, kept_u, needs, None)
+    grads = pull_back(operands, plan, live, found, coefficients, kept, kept_u, needs, None)
     return tuple(hidden.new_empty(0) if g is None else g.contiguous() for g in grads)  # type: ignore[return-value]
 
 

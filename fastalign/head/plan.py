@@ -50,8 +50,8 @@ class Plan:
 
     def __str__(self) -> str:
         head = f"schedule {self.schedule}, impl {self.impl}: {self.nvd} NVD"
-        sizes = f"slabs of {self.slab_rows} rows x {self.tile_cols} columns, {self.scratch / MIB:.1f} MiB scratch of {self.budget / MIB:.1f} MiB budget"
-        return "\n".join([head, f"  {sizes}, {self.kept / MIB:.1f} MiB kept", *(f"  {r}" for r in self.reasons)])
+        sizes = f"{self.scratch / MIB:.1f} MiB scratch of {self.budget / MIB:.1f} MiB budget, {self.kept / MIB:.1f} MiB kept"
+        return "\n".join([head, f"  slabs of {self.slab_rows} rows x {self.tile_cols} columns, {sizes}", *(f"  {r}" for r in self.reasons)])
 
 
 def default_budget(device: torch.device) -> int:
@@ -115,6 +115,8 @@ def make_plan(
     scratch = slab_rows * tile_cols * work
     logits_bytes = rows * vocabulary * dtype.itemsize
 
+    if schedule == "slab" and local_loss and not (hidden_grad or head_grad):
+        schedule = "auto"
     if schedule == "auto":
         if not (hidden_grad or head_grad):
             schedule, why = "none", "nothing wants a gradient"

@@ -37,12 +37,12 @@ def reference_logps(
     log_p = logits.log_softmax(dim=1)
     index = target.masked_fill(~live, 0).unsqueeze(1)
     target_logit = logits.gather(1, index).squeeze(1)
-    out = HeadOutput(
-        logps=log_p.gather(1, index).squeeze(1),
-        entropy=-(log_p.exp() * log_p.clamp(min=torch.finfo(dtype).min)).sum(1),
-        lse=logits.logsumexp(1),
-        log_sum_sq_probs=(2 * log_p.detach()).logsumexp(1),
-        mean_logits=logits.mean(1),
-        is_top1=(target_logit >= logits.amax(1)) & live,
+    fields = (
+        log_p.gather(1, index).squeeze(1),
+        -(log_p.exp() * log_p.clamp(min=torch.finfo(dtype).min)).sum(1),
+        logits.logsumexp(1),
+        (2 * log_p.detach()).logsumexp(1),
+        logits.mean(1),
     )
-    return HeadOutput(*(x if x.dtype is torch.bool else x.masked_fill(~live, 0) for x in out))
+    is_top1 = (target_logit >= logits.amax(1)) & live
+    return HeadOutput(*(x.masked_fill(~live, 0) for x in fields), is_top1)

@@ -127,7 +127,7 @@ def gradient_(
     """
     c_logps, c_lse = coefficients.get("logps"), coefficients.get("lse")
     c_entropy, c_mean = coefficients.get("entropy"), coefficients.get("mean_logits")
-    c_p = None if c_logps is None and c_lse is None else (0 if c_lse is None else c_lse) - (0 if c_logps is None else c_logps)
+    c_p = c_lse if c_logps is None else -c_logps if c_lse is None else c_lse - c_logps  # the coefficient of p_v
     columns = x.shape[1]
     for rows in _blocks(x):
         block = x[rows]
