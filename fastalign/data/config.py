@@ -12,31 +12,18 @@ COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "wei
 
 @dataclass
 class DataConfig:
-    """Options of the data set; every length is in tokens.
+    """Options of the data set. Lengths are in tokens."""
 
-    Args:
-        path: JSON, JSONL or Parquet file, a folder written by `datasets.save_to_disk`, or a data set's name on the hub.
-        split: which split of a folder or hub data set to train on.
-        subset: configuration name of a hub data set, if it has several.
-        eval_path: held-out data, in any of the formats of `path`.
-        eval_split: held-out split of the same folder or hub data set (or of `eval_path`).
-        eval_fraction: hold out about this fraction of the pairs, chosen by prompt: no prompt is in both parts.
-        max_length: longest sequence (prompt and completion); longer ones are cut. None: never cut.
-        truncation: keep_start cuts the completion's end, keep_end cuts the prompt's start.
-        chat_template: Jinja file to use in place of the tokenizer's own chat template.
-        columns: our column name -> its name in the data, such as {prompt: question}.
-    """
-
-    path: str = ""
-    split: str = "train"
-    subset: str | None = None
-    eval_path: str | None = None
-    eval_split: str | None = None
-    eval_fraction: float = 0.0
-    max_length: int | None = 1024
-    truncation: Literal["keep_start", "keep_end"] = "keep_start"
-    chat_template: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
+    path: str = ""  # JSON, JSONL or Parquet file, a folder written by datasets.save_to_disk, or a hub data set's name
+    split: str = "train"  # split of a folder or hub data set to train on
+    subset: str | None = None  # configuration of a hub data set that has several
+    eval_path: str | None = None  # held-out data, in any of the formats of path
+    eval_split: str | None = None  # held-out split of eval_path, or of path without it
+    eval_fraction: float = 0.0  # hold out this fraction of the pairs, chosen by prompt: no prompt is in both parts
+    max_length: int | None = 1024  # longest sequence (prompt and completion); longer ones are cut; none: never cut
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"  # cut a completion's end, or a prompt's start
+    chat_template: str | None = None  # Jinja file to use in place of the tokenizer's chat template
+    columns: dict[str, str] = field(default_factory=dict)  # our column name: its name in the data, as {prompt: question}
 
     def validate(self) -> None:
         """Raises ConfigError naming the option that is out of range or contradicts another one."""
