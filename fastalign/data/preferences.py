@@ -43,6 +43,12 @@ class Pairs:
 
     samples: list[Sample] = field(default_factory=list)
     prompt_keys: list[bytes] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+
+    def add(self, sample: Sample, prompt_key: bytes, place: str) -> None:
+        self.samples.append(sample)
+        self.prompt_keys.append(prompt_key)
+        self.places.append(place)
 
 
 def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> PreferenceData:
@@ -52,8 +58,6 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, 
     ConfigError for the options, TemplateError for the tokenizer, DataError naming every bad row (the first five in full).
     """
     config.validate()
-    if config.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(config.chat_template)
     pairs, report = read_pairs(config, tokenizer, vocab_size=vocab_size)
     report.raise_for_problems()
     held_out, eval_report = Pairs(), None
@@ -89,11 +93,13 @@ def read_pairs(
         for _ in examples:
             report.pairs += 1
         return pairs, report
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(config.chat_template)
     encoder = PairEncoder(tokenizer, vocab_size)
     while batch := list(islice(examples, _BATCH_PAIRS)):
-        for result in encoder.encode(batch):
+        for example, result in zip(batch, encoder.encode(batch)):
             if isinstance(result, DataError):
-                report.problems.append(result)
+                report.problems.append((example.place, result))
             else:
                 _add_pair(result, config, pairs, report)
     report.notices.update(encoder.notices)
@@ -118,10 +124,8 @@ def split_by_prompt(pairs: Pairs, fraction: float) -> tuple[Pairs, Pairs]:
         chosen.add(key)
         taken += counts[key]
     parts = Pairs(), Pairs()
-    for sample, key in zip(pairs.samples, pairs.prompt_keys):
-        part = parts[key in chosen]
-        part.samples.append(sample)
-        part.prompt_keys.append(key)
+    for sample, key, place in zip(pairs.samples, pairs.prompt_keys, pairs.places):
+        parts[key in chosen].add(sample, key, place)
     return parts
 
 
@@ -150,7 +154,7 @@ def _examples(
             seen.update(row)
             example = parse_example(place, index, row, config.columns)
         except DataError as error:
-            report.problems.append(error)
+            report.problems.append((place, error))
             continue
         if isinstance(example, Dropped):
             report.drop(*example)
@@ -186,5 +190,5 @@ def _add_pair(pair: EncodedPair, config: DataConfig, pairs: Pairs, report: DataR
         report.truncated.discard(example.index)
         report.drop(example.place, f"chosen and rejected are identical{cut}")
         return
-    pairs.samples.append(Sample(example.index, prompt, (chosen, rejected), example.weight, skip if any(skip) else ()))
-    pairs.prompt_keys.append(example.prompt_key())
+    sample = Sample(example.index, prompt, (chosen, rejected), example.weight, skip if any(skip) else ())
+    pairs.add(sample, example.prompt_key(), example.place)

@@ -25,7 +25,7 @@ class DataReport:
     dropped_at: dict[str, str] = field(default_factory=dict)  # reason -> place of the first such row
     truncated: set[int] = field(default_factory=set)  # index of every pair that was cut
     notices: Counter[str] = field(default_factory=Counter)  # message -> rows it concerns
-    problems: list[DataError] = field(default_factory=list)  # one per row that cannot be used
+    problems: list[tuple[str, DataError]] = field(default_factory=list)  # (place, error) of every row that cannot be used
     prompt_lengths: array[int] = field(default_factory=_lengths)
     chosen_lengths: array[int] = field(default_factory=_lengths)
     rejected_lengths: array[int] = field(default_factory=_lengths)
@@ -41,15 +41,33 @@ class DataReport:
         lines += [f"{count:,} rows: {notice}" for notice, count in self.notices.most_common()]
         return lines
 
+    def problem_lines(self) -> list[str]:
+        """One line per kind of problem, in the order of the rows: the message of its first row, and where the others are."""
+        groups: dict[str, list[str]] = {}
+        for place, error in self.problems:
+            groups.setdefault(str(error).removeprefix(place), []).append(place)
+        return [f"{places[0]}{text}{_also(places[1:])}" for text, places in groups.items()]
+
     def raise_for_problems(self, shown: int = 5) -> None:
-        """Raises the rows' errors as one DataError, or a DataError when no pair is left."""
+        """Raises the rows' errors as one DataError (a TemplateError if that is what all are), or one when no pair is left."""
         if len(self.problems) == 1:
-            raise self.problems[0]
+            raise self.problems[0][1]
         if self.problems:
-            more = len(self.problems) - shown
-            text = "\n".join(f"  {problem}" for problem in self.problems[:shown])
-            rest = f"\n  and {more:,} more; `fastalign data check {self.source}` lists them" if more > 0 else ""
-            raise type(self.problems[0])(f"{self.source}: {len(self.problems):,} rows cannot be used:\n{text}{rest}")
+            lines = self.problem_lines()
+            kinds = {type(error) for _, error in self.problems}
+            rest = (
+                "" if len(lines) <= shown else f"\n  and {len(lines) - shown:,} more kinds; `fastalign data check {self.source}` lists them"
+            )
+            text = "".join(f"\n  {line}" for line in lines[:shown])
+            raise (kinds.pop() if len(kinds) == 1 else DataError)(f"{self.source}: {len(self.problems):,} rows cannot be used:{text}{rest}")
         if not self.pairs:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
-            raise DataError(f"{self.source}: no pair is left to train on ({self.rows:,} rows{': ' + reasons if reasons else ''})")
+            reasons = ", ".join(f"{count:,}: {reason}" for reason, count in self.dropped.most_common())
+            raise DataError(f"{self.source}: no pair is left to train on, of {self.rows:,} rows" + (f" ({reasons})" if reasons else ""))
+
+
+def _also(places: list[str], shown: int = 4) -> str:
+    if not places:
+        return ""
+    numbers = ", ".join(place.rpartition(":")[2].removeprefix("row ") for place in places[:shown])
+    more = ", ..." if len(places) > shown else ""
+    return f" (and {len(places):,} more {'row' if len(places) == 1 else 'rows'} like it: {numbers}{more})"
