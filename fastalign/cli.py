@@ -104,7 +104,7 @@ def _eval(argv: list[str]) -> int:
     if _wants_help(argv):
         return _print_help(EvalConfig, "fastalign eval --model.path DIR_OR_RUN --data.path FILE [--reference DIR] [options]")
     config = parse(argv, EvalConfig)
-    show(evaluate(config), config)
+    show(evaluate(config))
     return 0
 
 
