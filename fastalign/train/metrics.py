@@ -11,12 +11,13 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from fastalign.errors import CheckpointError, ConfigError, DependencyError, OutputError
+from fastalign.errors import CheckpointError, ConfigError, DependencyError
+from fastalign.train.folder import writing
 
 PLAIN_LINE_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
 
@@ -51,7 +52,7 @@ class MetricsWriter:
         self.path = output / "metrics.jsonl"
         check_loggers(loggers)
         truncate_metrics(self.path, resume_step)
-        with _disk(self.path):
+        with writing(self.path):
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._trackers = [_TRACKERS[name](output, run_name, resume_step, dict(config or {})) for name in loggers]
         self._progress = _progress(stream or sys.stderr, total_steps, resume_step) if progress else None
@@ -62,7 +63,7 @@ class MetricsWriter:
         if kind == "train":
             values = {**values, **{name: value for name, value in memory().items() if name not in values}}
         row = json.dumps({"step": step, **{name: _jsonable(value) for name, value in values.items()}}, allow_nan=False)
-        with _disk(self.path):
+        with writing(self.path):
             self._file.write(row + "\n")
             self._file.flush()
         for tracker in self._trackers:
@@ -72,7 +73,7 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Force the rows onto the disk, before a checkpoint that counts on them."""
-        with _disk(self.path):
+        with writing(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -81,7 +82,8 @@ class MetricsWriter:
             self._progress.close()
         for tracker in self._trackers:
             tracker.close()
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -117,7 +119,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
         return
     rows = [row for row in read_metrics(path) if row["step"] <= last_step] if last_step else []
     temporary = path.with_suffix(".jsonl.new")
-    with _disk(path), open(temporary, "w", encoding="utf-8") as file:
+    with writing(path), open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps({name: _jsonable(value) for name, value in row.items()}, allow_nan=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
@@ -292,11 +294,3 @@ def _number(value: Any) -> float:
 
 def _jsonable(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else _NON_FINITE[str(value)]
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write the metrics ({error.strerror or error}); free space or choose another --output") from error
