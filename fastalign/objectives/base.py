@@ -117,8 +117,8 @@ class RunConfig:
         self._require_choice("lr_schedule", ("linear", "cosine", "constant"))
         self._require_choice("metrics", ("full", "basic"))
 
-    def load_data(self, tokenizer: Any, vocab_size: int) -> Dataset:
-        """The training and held-out samples of this algorithm."""
+    def load_data(self, tokenizer: Any, vocab_size: int | None) -> Dataset:
+        """The training and held-out samples of this algorithm; `vocab_size` rows of the head, if they are known yet."""
         raise NotImplementedError
 
     def objective(self, model: Any, data: Dataset, folder: Any) -> Objective:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fastalign.data.preferences import PreferenceData, load_preferences
+from fastalign.data.preference import PreferenceData, load_preferences
 from fastalign.losses import PREFERENCE_LOSSES
 from fastalign.models.heads import head_spec
 from fastalign.models.reference import Reference, build_reference
@@ -44,7 +44,7 @@ class DPOConfig(RunConfig):
         if self.label_smoothing and self.loss_type != "sigmoid":
             self._require("label_smoothing", False, f"0 with loss_type={self.loss_type}: only sigmoid has a smoothed form")
 
-    def load_data(self, tokenizer: Any, vocab_size: int) -> PreferenceData:
+    def load_data(self, tokenizer: Any, vocab_size: int | None) -> PreferenceData:
         return load_preferences(self.data, tokenizer, vocab_size=vocab_size)
 
     def objective(self, model: Any, data: PreferenceData, folder: Path) -> DPO:

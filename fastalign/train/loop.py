@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from fastalign.data.tokenizer import load_tokenizer
+from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
 from fastalign.errors import NumericsError
+from fastalign.models.heads import head_spec
 from fastalign.models.load import load_model
 from fastalign.models.save import save_final
 from fastalign.models.selfcheck import self_check
@@ -30,8 +31,8 @@ from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
 from fastalign.train.folder import RunFolder, claim, publish, writing
 from fastalign.train.metrics import MetricsWriter
 from fastalign.train.optim import Optimizer, learning_rate
-from fastalign.train.report import write_report
-from fastalign.train.step import Order, check_lengths, run_step, to_floats
+from fastalign.train.report import write_counts, write_report
+from fastalign.train.step import Order, check_lengths, check_vocabulary, micro_batches, run_step, to_floats
 from fastalign.types import Sample
 
 logger = logging.getLogger("fastalign")
@@ -65,12 +66,15 @@ def train(config: RunConfig, *, callbacks: Sequence[Callback] = ()) -> TrainResu
 class _Run:
     def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback]) -> None:
         self.config, self.folder, self.callbacks = config, folder, callbacks
+        self.tokenizer = load_tokenizer(config.model.path)
+        self.data = config.load_data(self.tokenizer, head_vocab_size(config.model.path))  # before the model: mistakes show sooner
+        samples = [*self.data.samples, *self.data.eval_samples]
+        check_lengths(samples, config.max_tokens)
         torch.manual_seed(config.seed)
-        self.tokenizer = load_tokenizer(config.model.path, chat_template=config.data.chat_template)
         self.model = load_model(config.model, lora=config.lora)
         self.device = next(self.model.parameters()).device
-        self.data = config.load_data(self.tokenizer, self.model.get_input_embeddings().weight.shape[0])
-        check_lengths([*self.data.samples, *self.data.eval_samples], config.max_tokens)
+        head = head_spec(self.model)
+        check_vocabulary(samples, head.weight.shape[0])
         self.order = Order.of(config, len(self.data.samples))
         self.identity = Identity(
             algorithm=config.name,
@@ -79,7 +83,7 @@ class _Run:
             model=checkpoint.fingerprint(self.model),
         )
         self.objective = config.objective(self.model, self.data, folder.path)  # before a checkpoint replaces the initial weights
-        self.optimizer = Optimizer(self.model, config, head_weight=self.model.get_output_embeddings().weight)
+        self.optimizer = Optimizer(self.model, config, head_weight=head.weight)
         self.progress = Progress()
         self.metrics: dict[str, float] = {}
         self.eval_metrics: dict[str, float] = {}
@@ -89,7 +93,9 @@ class _Run:
         self.model.train()
         self_check(self.model, collate(self._samples(0)[:1]).to(self.device))
         self._begin()
-        logs = MetricsWriter(self.folder.path, loggers=config.loggers, resume_step=saved, total_steps=total, run_name=self.folder.path.name)
+        logs = MetricsWriter(
+            self.folder.path, loggers=config.loggers, resume_step=self.progress.step, total_steps=total, run_name=self.folder.path.name
+        )
         with logs, _stop_requests() as stop:
             while self.progress.step < total and not stop:
                 self._step()
@@ -118,7 +124,7 @@ class _Run:
         samples = self._samples(progress.step)
         rate = learning_rate(progress.step, self.order.total_steps, config)
         self.optimizer.zero_grad()
-        sums, denominators = run_step(self.objective, samples, max_tokens=config.max_tokens, device=self.device)
+        sums, denominators = run_step(self.objective, micro_batches(samples, config.max_tokens), device=self.device)
         grad_norm = self.optimizer.grad_norm()
         values = to_floats({**sums, "grad_norm": grad_norm})  # the step's one wait for the device
         norm = values.pop("grad_norm")
@@ -165,9 +171,8 @@ class _Run:
     def _evaluate(self) -> None:
         """Metrics of the whole held-out split, as if it were one step."""
         self.model.eval()
-        sums, denominators = run_step(
-            self.objective, self.data.eval_samples, max_tokens=self.config.max_tokens, device=self.device, backward=False
-        )
+        bins = micro_batches(self.data.eval_samples, self.config.max_tokens)
+        sums, denominators = run_step(self.objective, bins, device=self.device, backward=False)
         self.model.train()
         metrics = self.objective.metrics(to_floats(sums), denominators)
         self.eval_metrics = {f"eval_{name}": value for name, value in metrics.items()}
@@ -197,6 +202,7 @@ class _Run:
         elif config.resume:
             logger.warning("%s: no checkpoint to resume from; starting at the first step", folder.path)
         dump(config, folder.path / "config.yaml")
+        write_counts(folder.path, self.data)
 
     def _save(self) -> None:
         checkpoint.save(
@@ -218,7 +224,7 @@ class _Run:
             save_final(self.model, self.tokenizer, temporary)
             publish(temporary, folder.final)
         write_report(folder.path)
-        write_card(folder.path)
+        write_card(folder.path, self.config)
 
 
 @contextmanager
@@ -234,7 +240,7 @@ def _stop_requests() -> Iterator[list[str]]:
         signal.signal(number, before[number])
         logger.warning("%s: stopping after this step; send it again to stop at once", requests[0])
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requests
     finally:

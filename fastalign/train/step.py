@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, DataError
 from fastalign.objectives.base import Objective, RunConfig
 from fastalign.packing import collate, pack
 from fastalign.types import Sample
@@ -66,18 +66,33 @@ def check_lengths(samples: Sequence[Sample], max_tokens: int) -> None:
         )
 
 
-def run_step(
-    objective: Objective, samples: Sequence[Sample], *, max_tokens: int, device: torch.device, backward: bool = True
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Add the gradient of the samples' loss to the weights; returns the metric sums, still on the device, and the denominators.
+def check_vocabulary(samples: Sequence[Sample], vocab_size: int) -> None:
+    """Raise DataError when a token has no row in the head."""
+    for sample in samples:
+        if (largest := max(map(max, filter(None, (sample.prompt, *sample.completions))))) >= vocab_size:
+            raise DataError(
+                f"row {sample.index}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
+                "use the model's own tokenizer, or resize its embeddings"
+            )
 
-    The samples are packed into micro-batches of at most `max_tokens` tokens. The gradient and the sums do not depend on how.
+
+def micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    """The samples of a step, cut into bins of at most `max_tokens` tokens."""
+    return [[samples[i] for i in members] for members in pack([sample.num_tokens for sample in samples], max_tokens)]
+
+
+def run_step(
+    objective: Objective, bins: Sequence[Sequence[Sample]], *, device: torch.device, backward: bool = True
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Add the gradient of the loss of all samples to the weights, one bin at a time.
+
+    Returns the metric sums, still on the device, and the denominators. None of it depends on how the samples are cut into bins.
     """
-    denominators = objective.denominators(samples)
+    denominators = objective.denominators([sample for members in bins for sample in members])
     totals: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
-        for members in pack([sample.num_tokens for sample in samples], max_tokens):
-            batch = collate([samples[i] for i in members]).to(device)
+        for members in bins:
+            batch = collate(members).to(device)
             loss, sums = objective.loss(batch, denominators)
             if backward:
                 loss.backward()

@@ -1,0 +1,85 @@
+"""Who may write in an output folder, and what a foreign or broken one says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastalign.errors import OutputError
+from fastalign.train.folder import claim, publish, writing
+
+
+def test_an_unused_claim_leaves_no_folder(tmp_path: Path) -> None:
+    with claim(tmp_path / "a" / "run") as folder:
+        assert folder.path.is_dir()
+    assert not (tmp_path / "a" / "run").exists()
+
+
+def test_another_run_is_kept_unless_asked(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(OutputError, match=r"holds another run; .*--resume.*--overwrite"), claim(tmp_path):
+        pass
+    for options in ({"resume": True}, {"overwrite": True}):
+        with claim(tmp_path, **options):
+            assert (tmp_path / "metrics.jsonl").exists()
+    with claim(tmp_path, overwrite=True) as folder:
+        folder.clear()
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_of_something_else_is_refused_whatever_is_asked(tmp_path: Path, options: dict[str, bool]) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match=r"not a run's \(thesis.tex\)"), claim(tmp_path, **options):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    code = "import sys; from fastalign.train.folder import claim; claim(sys.argv[1], resume=True).__enter__()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with claim(tmp_path):
+        (tmp_path / "metrics.jsonl").write_text("")
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 1
+        assert "another process is training in this folder" in second.stderr
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OutputError, match=rf"{path}: cannot create the output folder .*choose another --output"), claim(path):
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere; unproven here: the message for a read-only folder")
+def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="not writable"), claim(tmp_path):
+        pass
+
+
+def test_failures_while_writing_name_the_place_and_the_remedy(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"checkpoint: cannot write \(No space left on device\); free space .*--resume"),
+        writing(Path("checkpoint")),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OutputError, match=r"cannot write \(Read-only file system\); make it writable"), writing(Path("checkpoint")):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_publish_replaces_whole_folders(tmp_path: Path) -> None:
+    old, new = tmp_path / "final", tmp_path / "new"
+    for folder, name in ((old, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / name).write_text(name)
+    publish(new, old)
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+    assert [p.name for p in old.iterdir()] == ["new"]
