@@ -1,11 +1,10 @@
 """The `fastalign` command. Heavy imports wait until a subcommand needs them, so that help and mistakes answer at once."""
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -128,28 +127,51 @@ def _data(argv: list[str]) -> int:
         return 0
     if argv[0] != "check":
         raise ConfigError(f"unknown command data {argv[0]!r}; did you mean data check?")
-    from dataclasses import field, make_dataclass
-
     from fastalign.data.config import DataConfig
     from fastalign.models.config import ModelConfig
     from fastalign.train.config import parse
 
-    parts = [("data", DataConfig, field(default_factory=DataConfig)), ("model", ModelConfig, field(default_factory=ModelConfig))]
-    check_class: Any = make_dataclass("CheckConfig", parts)
-    check_class.__doc__ = "Validate a data file and show a few samples; with --model.path also tokenized, with the loss mask in colour."
+    @dataclass
+    class CheckConfig:
+        """Validates every row of a data file. With --model.path it also tokenizes, and shows samples with their loss mask in colour."""
+
+        data: DataConfig = field(default_factory=DataConfig)
+        model: ModelConfig = field(default_factory=ModelConfig)
+        samples: int = 3  # samples to show
+
     if _wants_help(argv):
-        return _print_help(check_class, usage)
+        return _print_help(CheckConfig, usage)
     rest = argv[1:]
     if rest and not rest[0].startswith("--"):
         rest = ["--data.path", *rest]
-    config = parse(rest, check_class)
+    config = parse(rest, CheckConfig)
     if not config.data.path:
         raise ConfigError(f"data check needs a file; usage: {usage}")
-    raise NotImplementedError
+    from rich.console import Console
+
+    from fastalign.data.check import check
+    from fastalign.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.path, chat_template=config.data.chat_template) if config.model.path else None
+    return check(config.data, tokenizer, Console(), config.samples)
+
+
+@dataclass
+class DemoConfig:
+    """Builds a small model and tokenizer from nothing, trains it on generated preferences, and shows before and after."""
+
+    objective: str = "dpo"  # which algorithm to show
+    output: str = "demo"  # folder for the model, the data and the run
 
 
 def _demo(argv: list[str]) -> int:
-    raise NotImplementedError
+    from fastalign.train.config import parse
+
+    if _wants_help(argv):
+        return _print_help(DemoConfig, "fastalign demo [--output DIR]")
+    config = parse(argv, DemoConfig)
+    import_module("fastalign.demo").run(config.objective, config.output)
+    return 0
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

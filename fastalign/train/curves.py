@@ -6,7 +6,10 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -57,7 +60,17 @@ CURVES = (
 
 
 def draw(curve: Curve, train: Sequence[Row], evals: Sequence[Row]) -> bytes | None:
-    """The curve as PNG, or None when the run has none of its metrics. Thin line: every step; bold: running mean; dots: held-out."""
+    """The curve as PNG, or None when the run has none of its metrics."""
+    figure = plot(curve, train, evals)
+    if figure is None:
+        return None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def plot(curve: Curve, train: Sequence[Row], evals: Sequence[Row]) -> Figure | None:
+    """The curve as a figure. Thin line: every step; bold: running mean; dots: held-out pairs; dashes: the level to compare with."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -90,9 +103,7 @@ def draw(curve: Curve, train: Sequence[Row], evals: Sequence[Row]) -> bytes | No
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(axes.get_lines()) > 1 and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return figure
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

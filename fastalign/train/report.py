@@ -151,7 +151,13 @@ def _counts(path: Path) -> list[tuple[str, str]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); delete it to leave the counts out of the report") from error
-    return [(key.replace(".", ", ").replace("_", " "), text_of(value)) for key, value in _flat(content)]
+    rows: list[tuple[str, str]] = []
+    for key, value in content.items():
+        parts = (
+            {f"{key}: {reason}": count for reason, count in value.items()} if isinstance(value, dict) else {key.replace("_", " "): value}
+        )
+        rows += [(name, text_of(count)) for name, count in parts.items()]
+    return rows
 
 
 def _section(title: str, body: str, css: str = "") -> str:
