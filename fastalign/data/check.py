@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.data.config import DataConfig
+from fastalign.data.encode import decode
 from fastalign.data.preferences import Pairs, read_pairs, split_by_prompt
 from fastalign.data.report import DataReport
 from fastalign.data.tokenizer import head_vocab_size
@@ -107,7 +108,7 @@ def _print_counts(
         _print_lengths(lengths, console)
 
 
-def _print_lengths(lengths: dict[str, Sequence[int]], console: Console) -> None:
+def _print_lengths(lengths: Mapping[str, Sequence[int]], console: Console) -> None:
     table = Table(title="tokens before truncation", title_justify="left")
     for head in ("", "min", "median", "90 %", "99 %", "max", "mean"):
         table.add_column(head, justify="right" if head else "left")
@@ -157,11 +158,12 @@ def _print_sample(
 def _tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, style: str, special_style: str) -> Text:
     """Decoded ids, special tokens in their own style; the middle of a long text left out."""
     special = set(tokenizer.all_special_ids)
-    text, run = Text(), []
+    text = Text()
+    run: list[int] = []
 
     def flush() -> None:
         if run:
-            text.append(visible(tokenizer.decode(run, clean_up_tokenization_spaces=False)), style=style)
+            text.append(visible(decode(tokenizer, run)), style=style)
             run.clear()
 
     for token in ids:

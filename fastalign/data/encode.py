@@ -9,11 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.examples import Message, PreferenceExample, Turns
+from fastalign.data.examples import PreferenceExample
+from fastalign.data.messages import Message, Turns, check_text, common_prefix_length
 from fastalign.data.tokenizer import require_chat_template, require_eos
 from fastalign.errors import DataError, TemplateError
 
 Ids = list[int]
+
+_REPEATED = "chosen and rejected both begin with the whole prompt, which is trained on twice; remove it from them, or the column 'prompt'"
+_USER_TURNS = "user turns inside a completion are scored like the assistant's"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class PairEncoder:
         self.vocab_size = vocab_size or len(tokenizer)
         self.notices: Counter[str] = Counter()
         self._eos, self._eos_id = str(tokenizer.eos_token), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-        self._adds_eos = tokenizer("a")["input_ids"][-1:] == [self._eos_id]
+        bare, special_ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        self._adds_eos = len(special_ids) > len(bare) and special_ids[-1] == self._eos_id
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._turn_ends = tuple(special | set(tokenizer.all_special_tokens))
         self._shared_ids = list(range(self.vocab_size))  # one int object per id: a stored token costs 8 bytes, not 36
@@ -77,18 +82,24 @@ class PairEncoder:
         return [results[i] for i in range(len(examples))]
 
     def _plain(self, example: PreferenceExample) -> list[str]:
-        assert isinstance(example.prompt, str)
-        ended = [text if text.endswith(self._eos) else text + self._eos for text in (example.chosen, example.rejected)]  # type: ignore
-        return [example.prompt, *(f"{example.prompt}{text}" for text in ended)]
+        prompt, chosen, rejected = str(example.prompt), str(example.chosen), str(example.rejected)
+        if len(prompt) > 15 and chosen.startswith(prompt) and rejected.startswith(prompt):
+            self.notices[_REPEATED] += 1
+        return [prompt, *(prompt + (text if text.endswith(self._eos) else text + self._eos) for text in (chosen, rejected))]
 
     def _render(self, example: PreferenceExample) -> list[str]:
         require_chat_template(self.tokenizer, example.place)
         prompt, chosen, rejected = (self._messages(turns) for turns in (example.prompt, example.chosen, example.rejected))
-        return [
+        if any(message["role"] == "user" for message in (*chosen, *rejected)):
+            self.notices[_USER_TURNS] += 1
+        texts = [
             self._template(example, prompt, add_generation_prompt=True),
             self._template(example, prompt + chosen),
             self._template(example, prompt + rejected),
         ]
+        for text in texts:
+            check_text(f"{example.place}: the rendered messages", text)
+        return texts
 
     def _template(self, example: PreferenceExample, messages: list[Message], **options: Any) -> str:
         try:
@@ -158,7 +169,7 @@ class PairEncoder:
 
     def _moved(self, example: PreferenceExample, texts: list[str], prompt: Ids, start: int) -> None:
         """Tokens at the prompt's end that the sequences do not have: a notice, or an error if they are the user's words."""
-        tail = self.tokenizer.decode(prompt[start:], clean_up_tokenization_spaces=False)
+        tail = decode(self.tokenizer, prompt[start:])
         if example.conversational:
             bare = self._template(example, self._messages(example.prompt))
             words = texts[0][: common_prefix_length(bare, texts[0])].rstrip()
@@ -176,12 +187,9 @@ class PairEncoder:
         ] += 1
 
 
-def common_prefix_length(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """Length of the longest common prefix. `common_prefix_length([1, 2, 3], [1, 2, 4]) == 2`."""
-    shorter = min(len(left), len(right))
-    if left[:shorter] == right[:shorter]:
-        return shorter
-    return next(i for i, (a, b) in enumerate(zip(left, right)) if a != b)
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The exact text of `ids`, special tokens included."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def _template_reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -6,19 +6,15 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from fastalign.data.config import COLUMNS
+from fastalign.data.messages import Turns, check_turns, common_prefix_length, has_text
 from fastalign.data.sources import Row, kind_of
 from fastalign.errors import DataError
 
-Message = dict[str, Any]
-Turns = str | list[Message]
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-_FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant", "prompter": "user"}
 _PROMPT_ALIASES = ("question", "instruction", "query", "input", "context", "prompts")
 _TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
 
@@ -33,7 +29,7 @@ class PreferenceExample:
     chosen: Turns
     rejected: Turns
     tools: list[Any] | None = None
-    template_kwargs: Mapping[str, Any] = ()  # type: ignore[assignment]
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
 
     @property
@@ -64,8 +60,8 @@ def parse_example(place: str, index: int, row: Row, columns: Mapping[str, str]) 
         if names[name] not in row:
             raise DataError(f"{place}: column {names[name]!r} is missing{_missing_hint(row, names[name], names)}")
     _refuse_misspelt_prompt(place, row, names)
-    chosen = _turns(place, names["chosen"], row[names["chosen"]])
-    rejected = _turns(place, names["rejected"], row[names["rejected"]])
+    chosen = check_turns(place, names["chosen"], row[names["chosen"]])
+    rejected = check_turns(place, names["rejected"], row[names["rejected"]])
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError(
             f"{place}: column {names['chosen']!r} is {kind_of(chosen)} but {names['rejected']!r} is {kind_of(rejected)}; "
@@ -74,12 +70,18 @@ def parse_example(place: str, index: int, row: Row, columns: Mapping[str, str]) 
     tools = _tools(place, names["tools"], row.get(names["tools"]))
     template_kwargs = _template_kwargs(place, names["chat_template_kwargs"], row.get(names["chat_template_kwargs"]))
     weight = _weight(place, names["weight"], row.get(names["weight"], 1.0) if names["weight"] in row else 1.0)
-    prompt = _turns(place, names["prompt"], row[names["prompt"]]) if names["prompt"] in row else None
-    if prompt is not None and not _has_text(prompt):
+    prompt = check_turns(place, names["prompt"], row[names["prompt"]]) if names["prompt"] in row else None
+    if prompt is not None and not has_text(prompt):
         raise DataError(f"{place}: column {names['prompt']!r}: the prompt is empty; give a prompt or remove the row")
     if reason := _drop_reason(chosen, rejected, weight):
         return Dropped(place, reason)
     prompt, chosen, rejected = _with_prompt(place, names, prompt, chosen, rejected)
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns and not isinstance(turns, str) and turns[-1]["role"] in ("user", "system", "developer"):
+            raise DataError(
+                f"{place}: column {names[name]!r}: the last message has role {turns[-1]['role']!r}, expected 'assistant'; "
+                "a completion ends with what the model should say, so remove what follows it"
+            )
     if reason := _drop_reason(chosen, rejected, weight):
         return Dropped(place, reason)
     return PreferenceExample(place, index, prompt, chosen, rejected, tools, template_kwargs, weight)
@@ -110,9 +112,10 @@ def describe_format(columns: set[str]) -> str | None:
 
 def _missing_hint(row: Row, missing: str, names: Mapping[str, str]) -> str:
     have = ", ".join(repr(key) for key in row) or "none"
-    near = get_close_matches(missing, [key for key in row if key not in names.values()], n=1, cutoff=0.7)
+    others = [key for key in row if key not in names.values()]
+    near = get_close_matches(missing, others, n=1, cutoff=0.7) or [key for key in others if key.startswith(missing)]
     if near:
-        return f" (columns: {have}); did you mean {missing!r} by {near[0]!r}? Rename it, or set data.columns {{{missing}: {near[0]}}}"
+        return f", but there is {near[0]!r}: did you mean {missing!r}? Rename it, or set data.columns {{{missing}: {near[0]}}}"
     if looks := describe_format(set(row)):
         return f" (columns: {have}); these look like {looks}, while preference training needs 'prompt', 'chosen' and 'rejected'"
     if missing in ("chosen", "rejected") and {"chosen", "rejected"} & set(row):
@@ -133,71 +136,6 @@ def _refuse_misspelt_prompt(place: str, row: Row, names: Mapping[str, str]) -> N
             f"{place}: column {names['prompt']!r} is missing, but there is {near[0]!r}; rename it or set "
             f"data.columns {{prompt: {near[0]}}}, or remove it if chosen and rejected both begin with the prompt"
         )
-
-
-def _turns(place: str, column: str, value: Any) -> Turns:
-    if isinstance(value, str):
-        _check_text(place, column, value)
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_message(place, column, number, message) for number, message in enumerate(value)]
-    raise DataError(f"{place}: column {column!r}: expected text or a list of messages, got {kind_of(value)}; fill it in or remove the row")
-
-
-def _message(place: str, column: str, number: int, message: Any) -> Message:
-    where = f"{place}: column {column!r}, message {number}"
-    if not isinstance(message, dict):
-        remedy = 'write {"role": "user", "content": "..."}, one row per pair'
-        raise DataError(f"{where}: expected an object with 'role' and 'content', got {kind_of(message)}; {remedy}")
-    if "role" not in message:
-        hint = (
-            "ShareGPT's 'from' and 'value' are named 'role' and 'content' here"
-            if "from" in message
-            else "name who speaks: system, user, assistant"
-        )
-        raise DataError(f"{where}: 'role' is missing (keys: {', '.join(map(repr, message))}); {hint}")
-    role = message["role"]
-    if not isinstance(role, str):
-        raise DataError(f"{where}: 'role' must be text, got {kind_of(role)}")
-    if role not in ROLES:
-        near = _FOREIGN_ROLES.get(role.lower()) or next(iter(get_close_matches(role.lower(), ROLES, n=1, cutoff=0.75)), None)
-        if near:
-            raise DataError(f"{where}: role {role!r} is unknown; did you mean {near!r}?")
-    if (
-        message.get("content") is None
-        and not message.get("tool_calls")
-        and not any(message.get(k) for k in ("reasoning_content", "thinking"))
-    ):
-        raise DataError(f"{where}: 'content' is {'null' if 'content' in message else 'missing'}; expected text")
-    content = message.get("content")
-    if isinstance(content, str):
-        _check_text(place, column, content)
-    elif isinstance(content, (list, tuple)):
-        for part in content:
-            _check_part(where, part)
-            _check_text(place, column, part["text"])
-    elif content is not None:
-        raise DataError(f"{where}: 'content' must be text or a list of text parts, got {kind_of(content)}")
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _check_part(where: str, part: Any) -> None:
-    if not isinstance(part, dict) or "type" not in part:
-        raise DataError(f"{where}: a content part must be {{'type': 'text', 'text': ...}}, got {kind_of(part)}")
-    if part["type"] != "text":
-        raise DataError(f"{where}: content part of type {part['type']!r}; only text can be trained on, remove the row or the part")
-    if not isinstance(part.get("text"), str):
-        raise DataError(f"{where}: a text part's 'text' must be text, got {kind_of(part.get('text'))}")
-
-
-def _check_text(place: str, column: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise DataError(
-            f"{place}: column {column!r}: lone surrogate \\u{code:04x} at character {error.start}; write the whole pair or remove it"
-        ) from error
 
 
 def _tools(place: str, column: str, value: Any) -> list[Any] | None:
@@ -237,20 +175,10 @@ def _weight(place: str, column: str, value: Any) -> float:
     return weight
 
 
-def _has_text(turns: Turns) -> bool:
-    """Whether anybody says or calls anything; a message of white space does not."""
-    if isinstance(turns, str):
-        return bool(turns)
-    return any(
-        any(part["text"].strip() for part in content) if isinstance(content, (list, tuple)) else bool(content and content.strip())
-        for content in (message.get("content") for message in turns)
-    ) or any(message.get(key) for message in turns for key in ("tool_calls", "reasoning_content", "thinking"))
-
-
 def _drop_reason(chosen: Turns, rejected: Turns, weight: float) -> str | None:
-    if not _has_text(chosen):
+    if not has_text(chosen):
         return "chosen is empty"
-    if not _has_text(rejected):
+    if not has_text(rejected):
         return "rejected is empty"
     if chosen == rejected:
         return "chosen and rejected are identical"
@@ -263,7 +191,7 @@ def _with_prompt(place: str, names: Mapping[str, str], prompt: Turns | None, cho
     if prompt is None:
         return _split_prompt(place, names, chosen, rejected)
     if isinstance(prompt, str) != isinstance(chosen, str):
-        if isinstance(prompt, str) and _common_prefix(chosen, rejected):
+        if isinstance(prompt, str) and common_prefix_length(chosen, rejected):
             return _split_prompt(place, names, chosen, rejected)  # the prompt column only repeats what the messages hold
         wanted = '[{"role": "user", "content": ...}]' if isinstance(prompt, str) else "text"
         raise DataError(
@@ -282,18 +210,14 @@ def _with_prompt(place: str, names: Mapping[str, str], prompt: Turns | None, cho
 
 def _split_prompt(place: str, names: Mapping[str, str], chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
     """The common beginning is the prompt; a space before the completions belongs to them, as in TRL's `extract_prompt`."""
-    length = _common_prefix(chosen, rejected)
+    length = common_prefix_length(chosen, rejected)
     if length == min(len(chosen), len(rejected)):
         length -= 1  # one continues the other: its last item stays a completion
     elif length and chosen[length - 1] == " ":
         length -= 1
-    if not _has_text(chosen[:length]):
+    if not has_text(chosen[:length]):
         raise DataError(
             f"{place}: no column {names['prompt']!r}, and {names['chosen']!r} and {names['rejected']!r} share no beginning "
             f"to serve as the prompt; add a column {names['prompt']!r}"
         )
     return chosen[:length], chosen[length:], rejected[length:]
-
-
-def _common_prefix(left: Turns, right: Turns) -> int:
-    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))

@@ -68,9 +68,11 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, 
             eval_report.notices["prompts of the held-out data are also trained on; held-out metrics will look too good"] = shared
     elif config.eval_fraction:
         pairs, held_out = split_by_prompt(pairs, config.eval_fraction)
-    for line in [*report.lines(), *(eval_report.lines() if eval_report else [])]:
-        logger.warning(line) if "dropped" in line or " rows: " in line else logger.info(line)
-    return PreferenceData(pairs.samples, held_out.samples, report, eval_report, fingerprint([*pairs.samples, *held_out.samples]))
+    for part in filter(None, (report, eval_report)):
+        logger.info(part.summary())
+        for line in part.warnings():
+            logger.warning(line)
+    return PreferenceData(pairs.samples, held_out.samples, report, eval_report, fingerprint(pairs.samples, held_out.samples))
 
 
 def read_pairs(
@@ -129,15 +131,17 @@ def split_by_prompt(pairs: Pairs, fraction: float) -> tuple[Pairs, Pairs]:
     return parts
 
 
-def fingerprint(samples: Sequence[Sample]) -> str:
-    """sha256 over the indices, token ids and weights of samples: the same data, cut the same way, in the same order."""
+def fingerprint(*parts: Sequence[Sample]) -> str:
+    """sha256 over the indices, token ids and weights of samples: the same data, cut and split the same way, in the same order."""
     digest = hashlib.sha256(b"fastalign preference samples 1")
-    for sample in samples:
-        parts = (sample.prompt, *sample.completions)
-        digest.update(array("q", [sample.index, len(parts), *map(len, parts)]).tobytes())
-        for part in parts:
-            digest.update(array("q", part).tobytes())
-        digest.update(array("d", [sample.weight, *sample.skip]).tobytes())
+    for samples in parts:
+        digest.update(array("q", [len(samples)]).tobytes())
+        for sample in samples:
+            sequences = (sample.prompt, *sample.completions)
+            digest.update(array("q", [sample.index, *map(len, (*sequences, sample.skip)), *sample.skip]).tobytes())
+            for ids in sequences:
+                digest.update(array("q", ids).tobytes())
+            digest.update(array("d", [sample.weight]).tobytes())
     return digest.hexdigest()
 
 

@@ -34,15 +34,20 @@ class DataReport:
         self.dropped[reason] += 1
         self.dropped_at.setdefault(reason, place)
 
-    def lines(self) -> list[str]:
-        """The counts and notices as sentences for a log: how many rows became pairs, what was dropped and why."""
-        lines = [f"{self.source}: {self.rows:,} rows, {self.pairs:,} pairs, {len(self.truncated):,} of them truncated"]
-        lines += [f"dropped {count:,}: {reason} (first at {self.dropped_at[reason]})" for reason, count in self.dropped.most_common()]
+    def summary(self) -> str:
+        """How many rows became pairs, as one sentence."""
+        return f"{self.source}: {self.rows:,} rows, {self.pairs:,} pairs, {len(self.truncated):,} of them truncated"
+
+    def warnings(self) -> list[str]:
+        """What was dropped, cut or odd, with counts and reasons, one sentence each."""
+        lines = [f"dropped {count:,} rows: {reason} (first at {self.dropped_at[reason]})" for reason, count in self.dropped.most_common()]
+        if self.truncated:
+            lines.append(f"cut {len(self.truncated):,} pairs to max_length")
         lines += [f"{count:,} rows: {notice}" for notice, count in self.notices.most_common()]
-        return lines
+        return [f"{self.source}: {line}" for line in lines]
 
     def problem_lines(self) -> list[str]:
-        """One line per kind of problem, in the order of the rows: the message of its first row, and where the others are."""
+        """One line per kind of problem, in the order found: the message of its first row, and where the others are."""
         groups: dict[str, list[str]] = {}
         for place, error in self.problems:
             groups.setdefault(str(error).removeprefix(place), []).append(place)
