@@ -1,6 +1,8 @@
 """The `fastalign` command. Heavy imports wait until a subcommand needs them, so that help and mistakes answer at once."""
 
+import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    log = logging.getLogger("fastalign")
+    if not log.handlers:
+        log.addHandler(_Messages())
+        log.setLevel(logging.INFO)
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -51,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as in `fastalign ... | head`; keep the exit handlers quiet too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+class _Messages(logging.Handler):
+    """What the package logs, as plain lines on the stderr of the moment (a progress bar replaces it while it is drawn)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(f"{prefix}{record.getMessage()}", file=sys.stderr)
 
 
 def entry() -> None:
@@ -92,7 +106,13 @@ def _train(name: str, argv: list[str]) -> int:
         raise ConfigError(f"--resume: {run} has no config.yaml, so there is no run to resume; check --output")
     else:
         config = parse(argv, config_class)
-    import_module("fastalign.train.loop").train(config)
+    result = import_module("fastalign.train.loop").train(config)
+    if result.interrupted:
+        return 128 + int(signal.Signals[result.interrupted])
+    from fastalign.train.metrics import summary
+
+    print(f"step {result.step}  {summary({**result.metrics, **result.eval_metrics})}\nmodel   {result.output / 'final'}")
+    print(f"report  {result.output / 'report.html'}")
     return 0
 
 

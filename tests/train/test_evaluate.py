@@ -1,0 +1,165 @@
+"""`fastalign eval`: its figures against the model's own logits, what it accepts as a model, and its errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import preference_rows, save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from fastalign import cli
+from fastalign.data.config import DataConfig
+from fastalign.errors import ConfigError, ModelError
+from fastalign.models.config import ModelConfig
+from fastalign.train.evaluate import EvalConfig, evaluate, locate, measure, wilson
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    save_tiny(folder / "policy", seed=1)
+    save_tiny(folder / "start", seed=2)
+    rows = preference_rows(24, seed=3)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def dense_logps(folder: Path, rows: list[dict[str, str]]) -> torch.Tensor:
+    """(P, 2) summed log-probs of chosen and rejected, one sequence at a time through the model's own head."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tiny_tokenizer()
+    result = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        for column in ("chosen", "rejected"):
+            ids = torch.tensor([tokenizer(row["prompt"] + row[column])["input_ids"] + [tokenizer.eos_token_id]])
+            with torch.no_grad():
+                logps = F.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None])[:, 0]
+            result.append(logps[len(prompt) - 1 :].sum())
+    return torch.stack(result).view(-1, 2)
+
+
+def rows_of(work: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (work / "pairs.jsonl").read_text().splitlines()]
+
+
+def config(work: Path, model: str, **options: object) -> EvalConfig:
+    return EvalConfig(ModelConfig(str(work / model)), DataConfig(str(work / "pairs.jsonl")), **options)  # type: ignore[arg-type]
+
+
+def test_figures_equal_those_of_the_models_own_logits(work: Path) -> None:
+    policy, start = (dense_logps(work / name, rows_of(work)) for name in ("policy", "start"))
+    result = evaluate(config(work, "policy", reference=str(work / "start"), beta=0.5))
+    rewards = 0.5 * (policy - start)
+    margin = rewards[:, 0] - rewards[:, 1]
+    assert result["pairs"] == 24
+    assert result["loss"] == pytest.approx(F.softplus(-margin).mean().item(), rel=1e-4)
+    assert result["rewards/accuracies"] == (margin > 0).double().mean().item()
+    assert result["rewards/margins"] == pytest.approx(margin.mean().item(), rel=1e-4)
+    assert result["rewards/chosen"] == pytest.approx(rewards[:, 0].mean().item(), rel=1e-4)
+    assert result["logps/chosen"] == pytest.approx(policy[:, 0].mean().item(), rel=1e-5)
+    assert result["logps/rejected"] == pytest.approx(policy[:, 1].mean().item(), rel=1e-5)
+    assert result["logps/accuracy"] == (policy[:, 0] > policy[:, 1]).double().mean().item()
+    assert 0 < result["rewards/accuracies"] < 1  # the data tells a wrong sign from a right one
+
+
+def test_batching_does_not_matter(work: Path) -> None:
+    figures = [evaluate(config(work, "policy", max_tokens=tokens)) for tokens in (112, 100_000)]
+    for name, value in figures[0].items():
+        if isinstance(value, float) and name != "seconds":
+            assert value == pytest.approx(figures[1][name], rel=1e-5), name
+
+
+def test_a_model_against_itself_has_no_margin(work: Path) -> None:
+    result = evaluate(config(work, "policy", reference=str(work / "policy")))
+    assert (result["rewards/margins"], result["rewards/accuracies"], result["ties"]) == (0.0, 0.0, 24)
+    assert result["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_without_reference_there_are_no_rewards(work: Path) -> None:
+    result = evaluate(config(work, "policy"))
+    assert result["reference"] is None
+    assert not {"loss", "beta", "loss_type", "rewards/accuracies"} & set(result)
+    assert "logps/accuracy_per_token" in result
+
+
+def finished_run(folder: Path, work: Path, **options: object) -> Path:
+    """A run folder as training leaves it, as far as eval reads it."""
+    save_tiny(folder / "final", seed=1)
+    content = {"model": {"path": str(work / "start")}, "lora": {"adapter": None}, "beta": 0.5, "loss_type": "ipo", **options}
+    (folder / "config.yaml").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_run_brings_its_start_its_beta_and_its_loss(work: Path, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", work)
+    result = evaluate(config(work, str(run)))
+    again = evaluate(config(work, "policy", reference=str(work / "start"), beta=0.5, loss_type="ipo"))
+    assert (result["beta"], result["loss_type"], result["reference"]) == (0.5, "ipo", str(work / "start"))
+    assert {**result, "model": "", "seconds": 0} == {**again, "model": "", "seconds": 0}
+    assert evaluate(config(work, str(run), reference="none"))["reference"] is None
+
+
+def test_an_adapter_is_compared_with_its_base(work: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(work / "start", dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tiny_tokenizer().save_pretrained(tmp_path / "merged")
+    result = evaluate(config(work, str(tmp_path / "adapter")))
+    again = evaluate(config(work, str(tmp_path / "merged"), reference=str(work / "start")))
+    assert result["reference"] == str(work / "start")
+    assert result["rewards/margins"] == pytest.approx(again["rewards/margins"], rel=1e-3)
+    assert abs(result["rewards/margins"]) > 1e-3  # the adapter does something
+
+
+def test_held_out_part_of_the_training_file(work: Path) -> None:
+    settings = config(work, "policy")
+    settings.data.eval_fraction = 0.25
+    assert evaluate(settings)["pairs"] == 6
+
+
+def test_errors_name_the_remedy(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("beta: 0.1\n")
+    with pytest.raises(ModelError, match="the run has no final/ yet; finish it with"):
+        locate(str(tmp_path))
+    run = finished_run(tmp_path / "run", work, model={"path": str(tmp_path / "gone")})
+    with pytest.raises(ModelError, match=r"(?s)^reference: .*gone.*--reference none"):
+        evaluate(config(work, str(run)))
+    with pytest.raises(ConfigError, match=r"beta must be positive, got 0"):
+        evaluate(config(work, "policy", beta=0.0))
+    with pytest.raises(ConfigError, match=r"max_tokens 20 is less than the longest sample"):
+        evaluate(config(work, "policy", max_tokens=20))
+
+
+def test_measure_counts_ties_against_the_model() -> None:
+    logps = torch.tensor([[-1.0, -1.0], [-2.0, -4.0], [-9.0, -4.0], [-8.0, -6.0]])
+    lengths = torch.tensor([[1, 1], [1, 1], [3, 1], [4, 2]])
+    result = measure(logps, None, lengths, beta=0.1, loss_type="sigmoid")
+    assert (result["logps/accuracy"], result["ties"]) == (0.25, 1)
+    assert result["logps/accuracy_per_token"] == 0.75  # -3 beats -4 and -2 beats -3 once length is out
+    assert result["logps/accuracy_ci95"] == pytest.approx(wilson(1, 4))
+
+
+@pytest.mark.parametrize(("right", "trials", "interval"), [(0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (50, 100, (0.4038, 0.5962))])
+def test_wilson_against_published_values(right: int, trials: int, interval: tuple[float, float]) -> None:
+    assert wilson(right, trials) == pytest.approx(interval, abs=1e-4)
+
+
+def test_command_prints_a_table_and_writes_json(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "figures.json"
+    words = ["eval", "--model.path", str(work / "policy"), "--data.path", str(work / "pairs.jsonl"), "--reference", str(work / "start")]
+    assert cli.main([*words, "--output", str(output)]) == 0
+    figures = json.loads(output.read_text())
+    line = next(line for line in capsys.readouterr().out.splitlines() if " rewards/accuracies " in line)
+    assert f"{figures['rewards/accuracies']:.4f}" in line
+    assert f"{figures['rewards/accuracies_ci95'][0]:.4f}" in line
