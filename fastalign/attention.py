@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Segments:
     """Sequence boundaries of one packed forward on the host, and how often attention was computed with them."""
 
     def __init__(self, bounds: tuple[int, ...]) -> None:
-        self.lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
+        self.lengths = [stop - start for start, stop in pairwise(bounds)]
         self.calls = 0
 
 
@@ -237,4 +238,6 @@ def _torch_varlen(
     if dropout:
         raise ModelError("torch's varlen attention has no dropout: set the model's attention dropout to 0 or install flash-attn")
     left = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,47 @@
+"""Options of a model and of its low-rank adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """Which model to train, and how it is held."""
+
+    path: str = ""
+    """A Transformers model folder, a hub name, or the folder of a PEFT adapter."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; auto: as they are stored."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward instead of keeping its activations."""
+    dropout: bool = False
+    """Keep the model's own dropout (not that of LoRA); off, as for every preference loss, unless asked for."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class LoraConfig:
+    """A low-rank adapter (Hu 2021, arXiv:2106.09685) to train in place of the model's weights."""
+
+    r: int = 0
+    """Rank; 0: train all weights of the model."""
+    alpha: float | None = None
+    """Scale of the update is alpha / r; null: 2 r."""
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+    """Names of the layers to adapt, lm_head included; all-linear: every linear layer but lm_head (may stand in a list, too)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Layers to train in full beside the adapter and to keep in it, e.g. lm_head."""
+    adapter: str | None = None
+    """Folder of an existing PEFT adapter to train further; replaces the options above. The reference is then the model
+    with that adapter as it was."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether an adapter is trained."""
+        return self.r > 0 or self.adapter is not None

@@ -1,0 +1,41 @@
+"""What identifies a model: every byte of its weights, and its config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.models.trunk import causal_lm
+
+_CHUNK = 1 << 26  # elements brought to the host at a time
+
+# Of a config: where it came from and how it is run, not what the model computes.
+_TRANSIENT = {"_name_or_path", "name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures"}
+
+
+def model_fingerprint(model: nn.Module, *, skip_adapter: str | None = None) -> str:
+    """SHA-256, in hex, of all weights (names, dtypes, shapes, bytes) and of the config of `model`.
+
+    `skip_adapter` names an adapter of PEFT whose weights do not count.
+
+    All bytes are read (one to two GB/s and core): sizes and dates of files would call two models equal that are not.
+    """
+    digest = hashlib.sha256()
+    config: dict[str, Any] = causal_lm(model).config.to_dict()
+    kept = {key: value for key, value in config.items() if key not in _TRANSIENT}
+    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if skip_adapter is not None and skip_adapter in name.split("."):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        _update(digest, tensor)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    for part in tensor.detach().reshape(-1).split(_CHUNK):
+        digest.update(part.contiguous().cpu().view(torch.uint8).numpy())

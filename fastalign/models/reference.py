@@ -1,0 +1,202 @@
+"""Log-probs of the reference policy: the model as it was before training.
+
+adapter  the model with its adapter switched off, or with the frozen adapter that training started from: one forward a step
+cache    computed once for every sample, before training, and kept on disk under a fingerprint: no cost during training
+copy     a second, frozen model, on the model's device or on another: memory for its weights, one forward a step
+
+`auto` is adapter where an adapter is trained, else cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastalign.errors import ConfigError, DataError
+from fastalign.models.adapters import POLICY, has_adapter, reference_adapter
+from fastalign.models.fingerprint import model_fingerprint
+from fastalign.models.heads import head_spec
+from fastalign.models.trunk import evaluation, trunk
+from fastalign.packing import collate, pack
+from fastalign.segments import segment_sum
+from fastalign.types import PackedBatch, Sample
+
+
+class Reference(Protocol):
+    """A frozen policy that scores packed batches."""
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        """(S,) float32 log-probs of the sequences of `batch`, each summed over its completion, on its device; no gradient.
+
+        The same bits for the same batch, and no random number drawn.
+        """
+
+
+class ReferenceOptions(Protocol):
+    """What `build_reference` reads of a run's options."""
+
+    @property
+    def reference(self) -> str: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def logits_budget(self) -> int | None: ...
+
+
+class ReferenceData(Protocol):
+    """What `build_reference` reads of a data set; `fingerprint` covers its tokens, template and truncation."""
+
+    samples: list[Sample]
+    eval_samples: list[Sample]
+    fingerprint: str
+
+
+def build_reference(model: Any, config: ReferenceOptions, data: ReferenceData, folder: str | Path) -> Reference:
+    """The reference of a run, by `config.reference` (auto, adapter, cache, copy), while `model` still is what it starts from.
+
+    A cache lies in `folder`/reference. Raises ConfigError for a mode that the model cannot serve.
+    """
+    mode = config.reference
+    if mode == "auto":
+        mode = "adapter" if has_adapter(model) else "cache"
+    if mode == "adapter":
+        return AdapterReference(model, budget=config.logits_budget)
+    if mode == "copy":
+        return CopyReference(model, budget=config.logits_budget)
+    if mode == "cache":
+        samples = [*data.samples, *data.eval_samples]
+        return CachedReference.build(
+            model, samples, Path(folder) / "reference", data.fingerprint, max_tokens=config.max_tokens, budget=config.logits_budget
+        )
+    raise ConfigError(f"reference must be auto, adapter, cache or copy, got {mode!r}")
+
+
+def sequence_logps(model: nn.Module, batch: PackedBatch, *, budget: int | None = None) -> Tensor:
+    """(S,) float32 log-probs of each sequence's completion under `model` as it stands, without gradient or dropout."""
+    with evaluation(model):
+        hidden = trunk(model, batch).hidden.index_select(0, batch.live)
+        logps = head_spec(model).logps(hidden, batch.live_target, live_rows=len(batch.live_target), budget=budget).logps
+        return segment_sum(logps, batch.live_cu_seqlens).float()
+
+
+class AdapterReference:
+    """The trained model without its adapter, or with the adapter that training started from."""
+
+    def __init__(self, model: Any, *, budget: int | None = None) -> None:
+        if not has_adapter(model):
+            raise ConfigError("reference=adapter needs an adapter: set lora.r, or use reference=cache or copy for full fine-tuning")
+        self.model, self.budget = model, budget
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        with reference_adapter(self.model):
+            return sequence_logps(self.model, batch, budget=self.budget)
+
+
+class CopyReference:
+    """A frozen second model on `device` (None: that of the model)."""
+
+    def __init__(self, model: Any, *, device: torch.device | str | None = None, budget: int | None = None) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        if device is not None:
+            self.model.to(device)
+        self.device, self.budget = next(self.model.parameters()).device, budget
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        return sequence_logps(self.model, batch.to(self.device), budget=self.budget).to(batch.input_ids.device)
+
+
+class CachedReference:
+    """Log-probs computed once for every sample and looked up by the sample's index."""
+
+    def __init__(self, samples: Sequence[Sample], logps: Tensor) -> None:
+        starts = (0, *accumulate(len(sample.completions) for sample in samples))
+        self.rows = {sample.index: start for sample, start in zip(samples, starts)}
+        if len(self.rows) != len(samples):
+            raise DataError("two samples have the same index; the training and the held-out samples must be numbered apart")
+        self.values = logps
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        samples: Sequence[Sample],
+        folder: Path,
+        data_fingerprint: str,
+        *,
+        max_tokens: int,
+        budget: int | None = None,
+    ) -> CachedReference:
+        """Read the cache of this model and these samples from `folder`, or compute and write it.
+
+        With an adapter on the model the reference is the model without it, as in `AdapterReference`. A file that cannot
+        be read, or that belongs to other samples, is computed anew.
+        """
+        key = _key(model, samples, data_fingerprint)
+        file = folder / f"{key[:32]}.safetensors"
+        count = sum(len(sample.completions) for sample in samples)
+        logps = _read(file, key, count)
+        if logps is None:
+            logps = _compute(model, samples, max_tokens, budget)
+            _write(file, logps, {"key": key, "data": data_fingerprint, "sequences": str(count)})
+        return cls(samples, logps)
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        try:
+            rows = [self.rows[index] + k for index, count in zip(batch.index, batch.completions) for k in range(count)]
+        except KeyError as missing:
+            raise DataError(f"sample {missing} has no cached reference; the cache covers the samples that the run started with") from None
+        return self.values[rows].to(batch.input_ids.device)
+
+
+def _key(model: Any, samples: Sequence[Sample], data_fingerprint: str) -> str:
+    weights = model_fingerprint(model, skip_adapter=POLICY if has_adapter(model) else None)
+    digest = hashlib.sha256(f"{weights} {data_fingerprint};".encode())
+    for sample in samples:
+        digest.update(repr((sample.index, sample.contexts, sample.completions)).encode())
+    return digest.hexdigest()
+
+
+def _compute(model: Any, samples: Sequence[Sample], max_tokens: int, budget: int | None) -> Tensor:
+    device = next(model.parameters()).device
+    starts = (0, *accumulate(len(sample.completions) for sample in samples))
+    logps = torch.empty(starts[-1], dtype=torch.float32)
+    off: AbstractContextManager[None] = reference_adapter(model) if has_adapter(model) else nullcontext()
+    with off:
+        for bin_ in pack([sample.num_tokens for sample in samples], max_tokens):
+            found = sequence_logps(model, collate([samples[i] for i in bin_]).to(device), budget=budget).cpu()
+            places = [row for i in bin_ for row in range(starts[i], starts[i + 1])]
+            logps[places] = found
+    return logps
+
+
+def _read(file: Path, key: str, count: int) -> Tensor | None:
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            logps = stored.get_tensor("logps")
+            same = (stored.metadata() or {}).get("key") == key
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return logps if same and logps.shape == (count,) and logps.dtype == torch.float32 else None
+
+
+def _write(file: Path, logps: Tensor, metadata: dict[str, str]) -> None:
+    """Whole or not at all: written beside and renamed, with a JSON note for people."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"logps": logps}, str(beside), metadata=metadata)
+    with open(beside, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(beside, file)
+    file.with_suffix(".json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,46 @@
+"""Writing a trained model so that stock Transformers and PEFT load it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastalign.models.adapters import POLICY, has_adapter
+from fastalign.models.trunk import causal_lm
+
+log = logging.getLogger(__name__)
+
+
+def save_final(model: Any, tokenizer: Any, path: str | Path, *, merged: bool = False) -> None:
+    """Write `model` and `tokenizer` (None: no tokenizer) to the folder `path`, weights in safetensors.
+
+    A PeftModel becomes a PEFT adapter; with `merged`, the adapter is added to the weights of the model in place, and the
+    whole model is written. The config does not name fastalign's attention: what is written needs no fastalign.
+    """
+    path = Path(path)
+    causal = causal_lm(model)
+    _repair_generation_config(causal)
+    if has_adapter(model) and not merged:
+        config = model.peft_config[POLICY]
+        if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
+            config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
+        # Without save_embedding_layers=False an adapted lm_head would bring a copy of the base model's own head.
+        model.save_pretrained(path, selected_adapters=[POLICY], save_embedding_layers=False)
+    else:
+        whole = model.merge_and_unload(adapter_names=[POLICY]) if has_adapter(model) else causal
+        whole.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def _repair_generation_config(causal: Any) -> None:
+    """Transformers refuses to write a generation config that contradicts itself, which many published models have."""
+    config = getattr(causal, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        log.warning("generation_config of the model contradicts itself; saved with do_sample=true, as its sampling options mean: %s", error)
+        config.do_sample = True
