@@ -131,7 +131,7 @@ def _print_sample(
     sample: Sample, place: str, config: DataConfig, report: DataReport, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> None:
     weight = f" · weight {sample.weight:g}" if sample.weight != 1.0 else ""
-    console.print(Text(f"\n{visible(place)}{weight}", style="bold"))
+    console.print(Text(f"\n{visible(place)}{weight}", style="bold"), soft_wrap=True)
     cut = sample.index in report.truncated
     full = [cut and len(context) + len(c) == config.max_length for context, c in zip(sample.contexts, sample.completions)]
     start_cut = cut and config.truncation == "keep_end"

@@ -31,7 +31,7 @@ class EncodedPair:
 
 
 class PairEncoder:
-    """Tokenizes preference rows and counts what a user should hear about in `notices`.
+    """Tokenizes preference rows.
 
     Plain rows: prompt and completion are tokenized as one text, EOS appended unless the text has it. Conversational rows:
     rendered by the chat template; a template that ends the assistant's turn with no special token at all gets EOS
@@ -43,6 +43,7 @@ class PairEncoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or len(tokenizer)
         self.notices: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()  # text at a prompt's end that its sequences do not have
         self._eos, self._eos_id = str(tokenizer.eos_token), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         bare, special_ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         self._adds_eos = len(special_ids) > len(bare) and special_ids[-1] == self._eos_id
@@ -80,6 +81,17 @@ class PairEncoder:
                 except DataError as error:
                     results[i] = error
         return [results[i] for i in range(len(examples))]
+
+    def all_notices(self) -> Counter[str]:
+        """What the user should hear about, with the number of rows it concerns."""
+        if not self.moved:
+            return self.notices
+        shown = ", ".join(repr(tail) for tail, _ in self.moved.most_common(3)) + (", ..." if len(self.moved) > 3 else "")
+        notice = (
+            f"the prompt's last tokens ({shown}) are not what comes before the completion, because of the template or of a merge "
+            "across the boundary: they are left out, and the completion starts where the two part; at inference the model sees them"
+        )
+        return self.notices + Counter({notice: self.moved.total()})
 
     def _plain(self, example: PreferenceExample) -> list[str]:
         prompt, chosen, rejected = str(example.prompt), str(example.chosen), str(example.rejected)
@@ -181,10 +193,7 @@ class PairEncoder:
                         f"{_excerpt(texts[0], same)}, before the completion with {_excerpt(full, same)}; "
                         "use a template (data.chat_template) or chat_template_kwargs that render a prompt the same way in both"
                     )
-        self.notices[
-            f"the prompt's last tokens {tail!r} are not what comes before the completion (the template or a token merge across the "
-            "boundary): they are left out, and the completion starts where the two part; at inference the model sees them"
-        ] += 1
+        self.moved[tail] += 1
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -104,7 +104,7 @@ def read_pairs(
                 report.problems.append((example.place, result))
             else:
                 _add_pair(result, config, pairs, report)
-    report.notices.update(encoder.notices)
+    report.notices.update(encoder.all_notices())
     report.pairs = len(pairs.samples)
     return pairs, report
 

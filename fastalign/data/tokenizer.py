@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastalign.errors import TemplateError
+
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 
 
 def load_tokenizer(
@@ -43,10 +46,8 @@ def read_chat_template(path: str | Path) -> str:
     if "{" not in text:
         raise TemplateError(f"{path}: the chat template holds no Jinja expression; it must loop over 'messages'")
     try:
-        # Transformers adds the tag {% generation %}; to Jinja alone it is unknown, so only errors elsewhere count.
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            text.replace("generation %}", "if true %}").replace("endgeneration", "endif")
-        )
+        # Transformers adds the tag {% generation %}, which Jinja alone does not know.
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", text))
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"{path}:{error.lineno}: the chat template is not valid Jinja: {error.message}") from error
     return text
