@@ -106,13 +106,15 @@ def _train(name: str, argv: list[str]) -> int:
         raise ConfigError(f"--resume: {run} has no config.yaml, so there is no run to resume; check --output")
     else:
         config = parse(argv, config_class)
+    _no_foreign_bars()
     result = import_module("fastalign.train.loop").train(config)
     if result.interrupted:
         return 128 + int(signal.Signals[result.interrupted])
     from fastalign.train.metrics import summary
 
-    print(f"step {result.step}  {summary({**result.metrics, **result.eval_metrics})}\nmodel   {result.output / 'final'}")
-    print(f"report  {result.output / 'report.html'}")
+    for metrics in filter(None, (result.metrics, result.eval_metrics)):
+        print(f"step {result.step}  {summary(metrics)}")
+    print(f"model   {result.output / 'final'}\nreport  {result.output / 'report.html'}")
     return 0
 
 
@@ -123,6 +125,7 @@ def _eval(argv: list[str]) -> int:
     if _wants_help(argv):
         return _print_help(EvalConfig, "fastalign eval --model.path DIR_OR_RUN --data.path FILE [--reference DIR] [options]")
     config = parse(argv, EvalConfig)
+    _no_foreign_bars()
     show(evaluate(config))
     return 0
 
@@ -192,6 +195,11 @@ def _demo(argv: list[str]) -> int:
     config = parse(argv, DemoConfig)
     import_module("fastalign.demo").run(config.objective, config.output)
     return 0
+
+
+def _no_foreign_bars() -> None:
+    """Transformers draws a bar for each file that it reads or writes, over ours and into log files."""
+    import_module("transformers.utils.logging").disable_progress_bar()
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

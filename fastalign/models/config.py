@@ -33,6 +33,7 @@ class LoraConfig:
     alpha: float | None = None
     """Scale of the update is alpha / r; null: 2 r."""
     dropout: float = 0.0
+    """Share of the adapter's inputs that are zeroed in training."""
     targets: str | list[str] = "all-linear"
     """Names of the layers to adapt, lm_head included; all-linear: every linear layer but lm_head (may stand in a list, too)."""
     modules_to_save: list[str] = field(default_factory=list)

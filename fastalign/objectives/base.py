@@ -53,24 +53,31 @@ class RunConfig:
     overwrite: bool = False
     """Delete the run that is in `output` first."""
     seed: int = 0
+    """Of the shuffling, of an adapter's first weights and of dropout."""
 
     batch_size: int = 8
     """Samples per optimizer step (a preference pair is one sample)."""
     max_tokens: int = 4096
     """Tokens per micro-batch; bounds the memory, does not change the result."""
     epochs: float = 1.0
+    """Passes over the data."""
     max_steps: int | None = None
     """Optimizer steps; replaces `epochs`."""
 
     learning_rate: float = 1e-6
+    """Peak of the schedule. The default is for full fine-tuning; an adapter wants about ten times more."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls from its peak to 0 at the last step, if it falls."""
     warmup_ratio: float = 0.0
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
     """Decoupled (AdamW); not on biases and norms."""
     adam_beta1: float = 0.9
+    """Decay per step of the mean of the gradient."""
     adam_beta2: float = 0.999
+    """Decay per step of the mean of its square."""
     adam_epsilon: float = 1e-8
+    """Added to the root of that mean."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient of a step to this L2 norm; null: never."""
     master_weights: bool = True
@@ -84,6 +91,7 @@ class RunConfig:
     save_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
+    """How many of the newest to keep."""
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
     loggers: list[str] = field(default_factory=list)

@@ -51,7 +51,7 @@ class EvalConfig:
     """none: that of the run, else sigmoid."""
     max_tokens: int = 4096
     """Tokens per batch; bounds the memory, does not change the result."""
-    output: str = ""
+    output: str | None = None
     """JSON file for the figures."""
 
     def validate(self) -> None:

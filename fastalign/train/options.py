@@ -195,13 +195,13 @@ def help_text(config_class: type, usage: str) -> str:
     sections: dict[str, list[Option]] = {name: [] for name in ("run", "model", "data")}
     for option in options(config_class).values():
         sections.setdefault(_section(option), []).append(option)
-    width = max(len(_signature(option)) for group in sections.values() for option in group if len(_signature(option)) < 40)
+    width = max(len(_signature(option)) for group in sections.values() for option in group if len(_signature(option)) < 48)
     about = inspect.cleandoc(config_class.__doc__ or "").split("\n\n")[0]
     lines = [f"usage: {usage}", "", about, ""]
     lines += [f"  {'--config FILE.yaml':<{width}}  options from a YAML file; flags override it", ""]
     for name, group in sections.items():
         if group:
-            lines += [f"{name}:", *(f"  {_signature(o):<{width}}  {f'{o.help} {_default(o)}'.strip()}" for o in group), ""]
+            lines += [f"{name}:", *(f"  {_signature(o):<{width}}  {_explained(o)}" for o in group), ""]
     return "\n".join(lines)
 
 
@@ -213,13 +213,14 @@ def _section(option: Option) -> str:
 
 
 def _signature(option: Option) -> str:
-    return f"--{option.name} {_placeholder(option.type)}".rstrip()
+    value = "true|false" if option.default is True else _placeholder(option.type)
+    return f"--{option.name} {value}".rstrip()
 
 
-def _default(option: Option) -> str:
-    if option.default is MISSING or option.default == "":
-        return "(required)" if option.name in ("model.path", "data.path", "output") or option.default is MISSING else ""
-    return f"(default: {shown(option.default)})"
+def _explained(option: Option) -> str:
+    required = option.default is MISSING or (option.default == "" and option.name in ("model.path", "data.path", "output"))
+    default = "required" if required else f"default: {shown(option.default)}" if option.default not in ("", [], {}) else ""
+    return " ".join(part for part in (option.help.removesuffix("."), f"({default})" if default else "") if part)
 
 
 def _placeholder(kind: Any) -> str:
