@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.data.examples import PreferenceExample
 from fastalign.data.messages import Message, Turns, check_text, common_prefix_length
-from fastalign.data.tokenizer import require_chat_template, require_eos
+from fastalign.data.templates import TemplateTraits, require_chat_template
+from fastalign.data.tokenizer import require_eos
 from fastalign.errors import DataError, TemplateError
 
 Ids = list[int]
@@ -34,8 +36,8 @@ class PairEncoder:
     """Tokenizes preference rows.
 
     Plain rows: prompt and completion are tokenized as one text, EOS appended unless the text has it. Conversational rows:
-    rendered by the chat template; a template that ends the assistant's turn with no special token at all gets EOS
-    appended. The completion starts where the ids of the prompt and of either sequence part.
+    rendered by the chat template; EOS is appended only if the template writes nothing after the assistant's turn. The
+    completion starts where the ids of the prompt and of either sequence part.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
@@ -48,9 +50,8 @@ class PairEncoder:
         bare, special_ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         self._adds_eos = len(special_ids) > len(bare) and special_ids[-1] == self._eos_id
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._turn_ends = tuple(special | set(tokenizer.all_special_tokens))
+        self._special = tuple(special | set(tokenizer.all_special_tokens))
         self._shared_ids = list(range(self.vocab_size))  # one int object per id: a stored token costs 8 bytes, not 36
-        self._keeps_parts: bool | None = None
 
     def encode(self, examples: Sequence[PreferenceExample]) -> list[EncodedPair | DataError]:
         """One result per example, in order: its ids, or the error that names it."""
@@ -123,19 +124,12 @@ class PairEncoder:
             raise TemplateError(f"{example.place}: the chat template cannot render the messages ({roles}): {error}") from error
 
     def _messages(self, turns: Turns) -> list[Message]:
-        """Text parts joined to one text, unless the template itself reads parts."""
         assert not isinstance(turns, str)
-        if all(isinstance(message.get("content", ""), str) for message in turns):
-            return turns
-        if self._keeps_parts is None:
-            self._keeps_parts = _template_reads_parts(self.tokenizer)
-        if self._keeps_parts:
-            return turns
-        joined = []
-        for message in turns:
-            content = message.get("content", "")
-            joined.append({**message, "content": content if isinstance(content, str) else "".join(part["text"] for part in content)})
-        return joined
+        return self._traits.adapt(turns)
+
+    @cached_property
+    def _traits(self) -> TemplateTraits:
+        return TemplateTraits.of(self.tokenizer)
 
     def _pair(self, example: PreferenceExample, texts: list[str], ids: list[Ids]) -> EncodedPair:
         prompt, chosen, rejected = ids
@@ -167,14 +161,15 @@ class PairEncoder:
     def _ended(self, text: str, ids: Ids) -> Ids:
         if ids and ids[-1] == self._eos_id:
             return ids
-        end = text.rstrip()
-        if not end.endswith(self._turn_ends):
-            self.notices[f"the chat template does not end the assistant's turn; EOS {self._eos!r} was appended to the completion"] += 1
-            return [*ids, self._eos_id]
-        if not end.endswith(self._eos):
-            token = max((t for t in self._turn_ends if end.endswith(t)), key=len)
+        turn_end = self._traits.turn_end.strip()
+        if not turn_end and not text.rstrip().endswith(self._special):
             self.notices[
-                f"the chat template ends the assistant's turn with {token!r}, not with EOS {self._eos!r}: "
+                f"the chat template writes nothing after the assistant's turn; EOS {self._eos!r} was appended to the completion"
+            ] += 1
+            return [*ids, self._eos_id]
+        if turn_end and self._eos not in turn_end:
+            self.notices[
+                f"the chat template ends the assistant's turn with {turn_end!r}, not with EOS {self._eos!r}: "
                 "generation has to stop on it (eos_token_id in generation_config.json)"
             ] += 1
         return ids
@@ -199,17 +194,6 @@ class PairEncoder:
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The exact text of `ids`, special tokens included."""
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-
-def _template_reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template turns [{"type": "text", "text": ...}] into its text (others print the list or fail)."""
-    probe = "fastalign-probe"
-    try:
-        messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": probe}]}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:
-        return False
-    return probe in text and f"'{probe}'" not in text and f'"{probe}"' not in text
 
 
 def _excerpt(text: str, start: int) -> str:

@@ -17,7 +17,7 @@ from fastalign.data.encode import EncodedPair, PairEncoder
 from fastalign.data.examples import Dropped, PreferenceExample, parse_example
 from fastalign.data.report import DataReport
 from fastalign.data.sources import Row, scan_rows
-from fastalign.data.tokenizer import read_chat_template
+from fastalign.data.templates import read_chat_template
 from fastalign.errors import DataError
 from fastalign.types import Sample
 

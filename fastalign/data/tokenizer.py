@@ -1,17 +1,15 @@
-"""The tokenizer of a model folder, its chat template, and what preference data needs of both."""
+"""The tokenizer of a model folder, and what preference data needs of it."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fastalign.data.templates import read_chat_template
 from fastalign.errors import TemplateError
-
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 
 
 def load_tokenizer(
@@ -33,26 +31,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def read_chat_template(path: str | Path) -> str:
-    """The text of a Jinja chat template file, checked for syntax. Raises TemplateError with file and line."""
-    import jinja2
-
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise TemplateError(f"{path}: the chat template cannot be read: {error.strerror}; check data.chat_template") from error
-    except UnicodeDecodeError as error:
-        raise TemplateError(f"{path}: the chat template is not UTF-8 (byte offset {error.start}); re-save it as UTF-8") from error
-    if "{" not in text:
-        raise TemplateError(f"{path}: the chat template holds no Jinja expression; it must loop over 'messages'")
-    try:
-        # Transformers adds the tag {% generation %}, which Jinja alone does not know.
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", text))
-    except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(f"{path}:{error.lineno}: the chat template is not valid Jinja: {error.message}") from error
-    return text
-
-
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises TemplateError unless the tokenizer has an EOS token that stands for itself."""
     name = tokenizer.name_or_path or "the tokenizer"
@@ -61,15 +39,6 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         raise TemplateError(f"{name}: no EOS token, so the model could never learn to stop; {remedy}")
     if tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) != tokenizer.eos_token:
         raise TemplateError(f"{name}: the EOS token {tokenizer.eos_token!r} is not in the vocabulary; {remedy}")
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
-    """Raises TemplateError when rows hold messages and the tokenizer cannot render them."""
-    if not tokenizer.chat_template:
-        raise TemplateError(
-            f"{place}: the row holds messages, but {tokenizer.name_or_path or 'the tokenizer'} has no chat template; "
-            "give one with data.chat_template FILE.jinja, or use plain text columns"
-        )
 
 
 def head_vocab_size(path: str | Path) -> int | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from tiny import CHAT_TEMPLATE, EOS, preference_rows, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
@@ -156,6 +158,41 @@ def test_a_template_that_ends_no_turn_gets_eos(tmp_path: Path) -> None:
         assert ours_rejected == [*rejected[0], tokenizer.eos_token_id]
     [notice] = [n for n in data.report.notices if "EOS" in n]
     assert f"EOS {EOS!r} was appended" in notice
+
+
+# Of the templates that TRL ships, one per way of rendering; ids are compared, so the tokenizer need not be the family's.
+FAMILIES = ["cohere2", "deepseekv3", "gemma3", "gemma4_v5", "glm4moe_training", "gptoss", "lfm2_v2", "llama3_1", "muse_glimmer",
+            "nemotron_3_nano", "phi3", "qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_8"]  # fmt: skip
+TURNS = [
+    *CHAT[:3],
+    {"prompt": [USER, GOOD, USER], "chosen": [{"role": "assistant", "content": "<think>stone</think>lamp"}], "rejected": [BAD]},
+    {"prompt": [USER], "chosen": [{**GOOD, "reasoning_content": "cloud"}], "rejected": [BAD]},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_equal_trl_under_the_chat_templates_of_model_families(family: str, tmp_path: Path) -> None:
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
+    tokenizer = tiny_tokenizer(chat_template=template)
+    data = load(TURNS, tokenizer, tmp_path)
+    assert [scored(sample) for sample in data.samples] == trl_pairs(TURNS, tokenizer)
+    assert not any("was appended" in notice for notice in data.report.notices)
+
+
+def test_a_template_of_parts_gets_parts(tmp_path: Path) -> None:
+    only_parts = CHAT_TEMPLATE.replace("message['content']", "message['content'][0]['text']")
+    expected = load(CHAT, tiny_tokenizer(), tmp_path).fingerprint
+    assert load(CHAT, tiny_tokenizer(chat_template=only_parts), tmp_path).fingerprint == expected
+
+
+def test_merges_across_the_boundary_share_one_notice(tmp_path: Path) -> None:
+    rows = [{"prompt": f"old {word[:-1]}", "chosen": word[-1], "rejected": word[-1] + " x"} for word in ("river", "stone", "lamp", "quiet")]
+    data = load(rows, tiny_tokenizer(), tmp_path)
+    assert [scored(sample) for sample in data.samples] == trl_pairs(rows, tiny_tokenizer())
+    [(notice, count)] = data.report.notices.items()
+    moved = len(rows) - sum(sample.prompt == tuple(tiny_tokenizer()(row["prompt"])["input_ids"]) for sample, row in zip(data.samples, rows))
+    assert count == moved > 1
+    assert re.match(r"the prompt's last tokens \('.*', '.*'.*\) are not what comes before the completion", notice)
 
 
 def test_a_turn_end_other_than_eos_is_kept_and_reported(tmp_path: Path) -> None:
