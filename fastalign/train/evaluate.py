@@ -125,8 +125,9 @@ def measure(
     """
     pairs = len(logps)
     per_token = logps / lengths
-    result: dict[str, Any] = {"pairs": pairs, "num_tokens": int(lengths.sum())}
     accuracies = {"logps/accuracy": logps, "logps/accuracy_per_token": per_token}
+    means = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
+    means |= {"logps/chosen_per_token": per_token[:, 0], "logps/rejected_per_token": per_token[:, 1]}
     if ref_logps is not None:
         options: dict[str, Any] = {"beta": beta}
         if loss_type == "ipo":
@@ -134,24 +135,19 @@ def measure(
         outcome = PREFERENCE_LOSSES[loss_type](logps[:, 0], logps[:, 1], ref_logps[:, 0], ref_logps[:, 1], **options)
         rewards = torch.stack([outcome.chosen_rewards, outcome.rejected_rewards], 1)
         accuracies = {"rewards/accuracies": rewards, **accuracies}
-        result |= {
-            "loss": outcome.loss.mean().item(),
-            "rewards/chosen": rewards[:, 0].mean().item(),
-            "rewards/rejected": rewards[:, 1].mean().item(),
-            "rewards/margins": (rewards[:, 0] - rewards[:, 1]).mean().item(),
+        means = {
+            "loss": outcome.loss,
+            "rewards/chosen": outcome.chosen_rewards,
+            "rewards/rejected": outcome.rejected_rewards,
+            "rewards/margins": outcome.chosen_rewards - outcome.rejected_rewards,
+            **means,
         }
+    result: dict[str, Any] = {"pairs": pairs, "num_tokens": int(lengths.sum())}
     for name, scores in accuracies.items():
         right = int((scores[:, 0] > scores[:, 1]).sum())
-        result[name] = right / pairs
-        result[f"{name}_ci95"] = list(wilson(right, pairs))
-    result |= {
-        "ties": int((next(iter(accuracies.values())).diff(dim=1) == 0).sum()),
-        "logps/chosen": logps[:, 0].mean().item(),
-        "logps/rejected": logps[:, 1].mean().item(),
-        "logps/chosen_per_token": per_token[:, 0].mean().item(),
-        "logps/rejected_per_token": per_token[:, 1].mean().item(),
-    }
-    return result
+        result |= {name: right / pairs, f"{name}_ci95": list(wilson(right, pairs))}
+    result["ties"] = int((next(iter(accuracies.values())).diff(dim=1) == 0).sum())
+    return result | {name: values.mean().item() for name, values in means.items()}
 
 
 def completion_logps(model: Any, samples: Sequence[Sample], max_tokens: int, *, label: str = "") -> Tensor:
