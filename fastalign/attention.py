@@ -24,6 +24,7 @@ from fastalign.errors import ModelError
 from fastalign.types import PackedBatch
 
 NAME = "fastalign"
+WINDOW_BLOCK = 128  # queries that share one band mask where the window is smaller
 
 
 class Segments:
@@ -115,7 +116,7 @@ def _one_sequence(
     """(1, H, L, d) -> (1, L, H, d_v). A window is walked in blocks of queries, each with the keys that it can see."""
     length = query.shape[2]
     compute = _sdpa if softcap is None and sinks is None else _matmul
-    block = length if window is None or window >= length else max(window, 64)
+    block = length if window is None or window >= length else max(window, WINDOW_BLOCK)
     outs = []
     for start in range(0, max(length, 1), max(block, 1)):
         stop = min(start + block, length)
@@ -146,10 +147,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, 
 def _matmul(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention in plain products, for softcaps and sinks; the softmax is float32."""
+    """Attention in plain products, for softcaps and sinks; the softmax is float32 (float64 for float64)."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -158,9 +160,9 @@ def _matmul(
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
-        probs = torch.cat([scores, column], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
+        probs = torch.cat([scores, column], dim=-1).softmax(dim=-1, dtype=dtype)[..., :-1]
     else:
-        probs = scores.softmax(dim=-1, dtype=torch.float32)
+        probs = scores.softmax(dim=-1, dtype=dtype)
     return F.dropout(probs.to(v.dtype), dropout) @ v
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from fastalign.errors import ModelError
 from fastalign.models.trunk import decoder
 
+_STATE = re.compile("linear|mamba|ssm|recurrent|conv|rwkv|hybrid|delta")
 _ATTENTION = {"full_attention", "sliding_attention", "attention", "global", "local"}
 
 
@@ -18,13 +20,13 @@ def check_config(config: Any, path: str) -> None:
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         _refuse(config, path, "it is an encoder-decoder; only decoder-only models can be trained")
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION)
-    if others:
-        _refuse(config, path, f"it has {', '.join(others)} layers, whose state would run on from one packed sequence into the next")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if getattr(model_class, "_is_stateful", False):
-        _refuse(config, path, "it has recurrent (state-space or linear-attention) layers, whose state would run on from one packed "
-                "sequence into the next")  # fmt: skip
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION)
+    if getattr(model_class, "_is_stateful", False) or any(_STATE.search(kind) for kind in others):
+        named = ", ".join(others) or "state-space or linear-attention"
+        _refuse(config, path, f"it has recurrent layers ({named}), whose state would run on from one packed sequence into the next")
+    if others:
+        _refuse(config, path, f"it has {', '.join(others)} layers; packed attention is causal, full or with a sliding window")
     if model_class is None and not getattr(config, "auto_map", None):
         _refuse(config, path, "Transformers has no causal language model of this type")
     if getattr(text, "use_bidirectional_attention", None):

@@ -22,7 +22,7 @@ class TrunkOutput(NamedTuple):
     aux_loss: Tensor | None  # scalar, router_aux_loss_coef x the load-balancing loss of a mixture of experts; add it to the loss
 
 
-def trunk(model: nn.Module, batch: PackedBatch) -> TrunkOutput:
+def trunk(model: Any, batch: PackedBatch) -> TrunkOutput:
     """Run the decoder of `model` (a causal LM of Transformers, bare or in a PeftModel) on `batch`, without its head.
 
     The auxiliary loss is None unless the model's config says `output_router_logits`; it is taken over the tokens of this
@@ -34,7 +34,7 @@ def trunk(model: nn.Module, batch: PackedBatch) -> TrunkOutput:
     kwargs = attention_kwargs(batch)
     if wants_router:
         kwargs["output_router_logits"] = True
-    out = decoder(causal)(
+    out: Any = decoder(causal)(
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=None, use_cache=False, **kwargs
     )
     _check_attention_ran(causal, kwargs["segments"])
@@ -42,7 +42,7 @@ def trunk(model: nn.Module, batch: PackedBatch) -> TrunkOutput:
     return TrunkOutput(hidden, _aux_loss(causal, out.router_logits) if wants_router else None)
 
 
-def causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: Any) -> Any:
     """The Transformers model itself: `model`, or what a PeftModel wraps (its adapter layers stay in it)."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return model.get_base_model()

@@ -1,0 +1,91 @@
+import random
+import time
+
+import pytest
+import torch
+
+from fastalign.errors import ConfigError
+from fastalign.packing import collate, pack
+from fastalign.types import IGNORE_INDEX, Sample
+
+
+def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
+    """Number of bins, by the textbook."""
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fits = [room for room in free if room >= length]
+        if fits:
+            free.remove(min(fits))
+            free.append(min(fits) - length)
+        else:
+            free.append(capacity - length)
+    return len(free)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_index_once_within_budget_and_as_few_bins_as_best_fit_decreasing(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 60) for _ in range(200)]
+    bins = pack(lengths, 100)
+    assert sorted(i for b in bins for i in b) == list(range(200))
+    assert max(sum(lengths[i] for i in b) for b in bins) <= 100
+    assert len(bins) == best_fit_decreasing(lengths, 100)
+    assert bins == pack(lengths, 100)
+
+
+def test_edges() -> None:
+    assert pack([], 10) == []
+    assert pack([10], 10) == [[0]]
+    assert pack([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
+    assert pack([0, 10, 0], 10) == [[0, 1, 2]]
+
+
+def test_a_sample_over_the_budget_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"sample 2 has 11 tokens, more than max_tokens=10: raise max_tokens to at least 11"):
+        pack([3, 10, 11], 10)
+    with pytest.raises(ConfigError, match="at least 1"):
+        pack([], 0)
+
+
+def test_a_large_data_set_is_packed_in_seconds() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 8192) for _ in range(100_000)]
+    started = time.process_time()
+    pack(lengths, 32768)
+    assert time.process_time() - started < 5
+
+
+PAIRS = [
+    Sample(7, (1, 2, 3), ((4, 5), (6,)), weight=0.5),
+    Sample(9, (), ((7, 8, 9), (5,))),  # no prompt: the first token is not scored, and a single token scores nothing
+    Sample(2, (1, 2), ((3,), (4, 5)), skip=(0, 1)),
+]
+
+
+def test_collate_lays_sequences_end_to_end() -> None:
+    batch = collate(PAIRS)
+    assert batch.bounds == (0, 5, 9, 12, 13, 16, 19)
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9, 5, 1, 2, 3, 2, 4, 5]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 0, 1, 2]
+    none = IGNORE_INDEX
+    assert batch.target.tolist() == [none, none, 4, 5, none, none, none, 6, none, 8, 9, none, none, none, 3, none, 4, 5, none]
+    assert batch.live_bounds == (0, 2, 3, 5, 5, 6, 8)
+    assert batch.max_seqlen == 5
+    assert (batch.index, batch.completions, batch.weight.tolist()) == ((7, 9, 2), (2, 2, 2), [0.5, 1.0, 1.0])
+
+
+def test_collate_is_consistent_with_its_own_fields_and_with_the_samples() -> None:
+    batch = collate(PAIRS)
+    assert torch.equal(batch.target[batch.live], batch.live_target)
+    assert torch.equal((batch.target != IGNORE_INDEX).nonzero()[:, 0], batch.live)
+    assert tuple(batch.cu_seqlens.tolist()) == batch.bounds
+    assert tuple(batch.live_cu_seqlens.tolist()) == batch.live_bounds
+    assert batch.live_cu_seqlens.diff().tolist() == [n for sample in PAIRS for n in sample.scored]
+    assert len(batch.input_ids) == sum(sample.num_tokens for sample in PAIRS)
+    assert batch.cu_seqlens.dtype == batch.live_cu_seqlens.dtype == torch.int32
+
+
+def test_collate_of_nothing() -> None:
+    batch = collate([])
+    assert batch.input_ids.shape == batch.live.shape == (0,)
+    assert batch.bounds == (0,)
