@@ -19,7 +19,7 @@ _HOMES = {
     "load_model": "fastalign.models.load",
     "head_spec": "fastalign.models.heads",
     "HeadSpec": "fastalign.models.heads",
-    "train": "fastalign.train.loop",
+    "train": "fastalign.train",
     "DPOConfig": "fastalign.objectives.dpo",
 }
 

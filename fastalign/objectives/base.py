@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -129,7 +130,7 @@ class RunConfig:
         """The training and held-out samples of this algorithm; `vocab_size` rows of the head, if they are known yet."""
         raise NotImplementedError
 
-    def objective(self, model: Any, data: Dataset, folder: Any) -> Objective:
+    def objective(self, model: Any, data: Dataset, folder: Path) -> Objective:
         """The loss of this algorithm for `model`, whose weights are still the initial ones; `folder` is the run's."""
         raise NotImplementedError
 

@@ -10,25 +10,26 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fastalign.data.preference import PreferenceData, load_preferences
+from fastalign.data.preferences import PreferenceData, load_preferences
 from fastalign.losses import PREFERENCE_LOSSES
 from fastalign.models.heads import head_spec
 from fastalign.models.reference import Reference, build_reference
 from fastalign.models.trunk import trunk
-from fastalign.objectives.base import RunConfig
+from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.segments import segment_sum
 from fastalign.types import HeadOutput, PackedBatch, PreferenceLoss, Sample
 
 
 @dataclass
 class DPOConfig(RunConfig):
-    """Options of `fastalign dpo`."""
+    """Direct preference optimisation: makes a model prefer the chosen to the rejected answers, within reach of where it started."""
 
     name: ClassVar[str] = "dpo"
 
     beta: float = 0.1
     """Strength of the pull towards the reference (IPO: its tau)."""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """sigmoid: DPO (Rafailov 2023); ipo: squared error of the log-ratio per token (Azar 2023); hinge: SLiC (Zhao 2023)."""
     label_smoothing: float = 0.0
     """cDPO: probability that a preference label is wrong; sigmoid only."""
     reference: Literal["auto", "adapter", "cache", "copy"] = "auto"
@@ -41,13 +42,15 @@ class DPOConfig(RunConfig):
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
         self._require_choice("loss_type", tuple(PREFERENCE_LOSSES))
         self._require_choice("reference", ("auto", "adapter", "cache", "copy"))
+        if self.reference == "adapter" and not self.lora.enabled:
+            self._require("reference", False, "cache, copy or auto when all weights are trained (lora.r 0)")
         if self.label_smoothing and self.loss_type != "sigmoid":
             self._require("label_smoothing", False, f"0 with loss_type={self.loss_type}: only sigmoid has a smoothed form")
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> PreferenceData:
         return load_preferences(self.data, tokenizer, vocab_size=vocab_size)
 
-    def objective(self, model: Any, data: PreferenceData, folder: Path) -> DPO:
+    def objective(self, model: Any, data: Dataset, folder: Path) -> DPO:
         return DPO(self, model, build_reference(model, self, data, folder))
 
 
@@ -104,6 +107,7 @@ class DPO:
             groups=pair_bounds,
             outputs=self.outputs,
             differentiable=("logps",),
+            live_rows=batch.live_target.shape[0],
             budget=self.budget,
         )
         if policy.aux_loss is not None:

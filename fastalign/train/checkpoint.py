@@ -11,7 +11,6 @@ A folder is written under a temporary name, synced, and renamed, so that a kill 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -28,11 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastalign.errors import CheckpointError
-from fastalign.train.folder import publish, writing
+from fastalign.train.folder import TEMPORARY, publish, writing
 
 _FORMAT = 1
 _STATE = "state.json"
-_TEMPORARY = ".writing-"
 
 
 @dataclass
@@ -52,25 +50,7 @@ class Identity:
     algorithm: str
     options: dict[str, Any]  # those that change the result
     data: str  # fingerprint of the tokenized samples
-    model: str  # fingerprint of the initial weights and their names
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Digest of the names, shapes and dtypes of all weights, and of the values that the run does not train (or, when it trains
-    them all, began with).
-
-    Up to 4096 evenly spaced values of each weight are read: enough to tell two models apart, without reading the whole one.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    has_frozen = any(not p.requires_grad for p in model.parameters())
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        if has_frozen and p.requires_grad:
-            continue  # a fresh adapter: drawn at random, and in the checkpoint
-        flat = p.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // 4096)][:4096]
-        digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    model: str  # fingerprint of the initial weights, without the adapter that is trained
 
 
 def save(
@@ -78,10 +58,9 @@ def save(
 ) -> Path:
     """Write `folder/step-NNNNNN`, then delete all but the newest `keep` checkpoints. Raises OutputError, leaving the older ones whole."""
     target = folder / f"step-{progress.step:06d}"
-    temporary = folder / f"{_TEMPORARY}{target.name}"
+    temporary = folder / f"{TEMPORARY}{target.name}"
     with writing(target):
         folder.mkdir(exist_ok=True)
-        clean(folder)
         temporary.mkdir()
         try:
             for name, tensors in {"weights": weights, "optimizer": optimizer, "rng": _rng_state()}.items():
@@ -96,12 +75,6 @@ def save(
         for old in list_checkpoints(folder)[keep:]:
             shutil.rmtree(old)
     return target
-
-
-def clean(folder: Path) -> None:
-    """Delete what a killed process left half-written."""
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -141,19 +114,30 @@ def verify(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest undamaged checkpoint, its state, and what is wrong with each newer one; None when there is no checkpoint at all.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that can be continued from."""
+
+    path: Path
+    state: dict[str, Any]  # its state.json
+    damaged: dict[Path, str]  # newer checkpoints, and what is wrong with them
+
+
+def newest_good(folder: Path) -> Found | None:
+    """The newest undamaged checkpoint; None when there is no checkpoint at all.
 
     Raises CheckpointError when there are checkpoints and all are damaged.
     """
-    faults: list[str] = []
+    damaged: dict[Path, str] = {}
     for path in list_checkpoints(folder):
         try:
-            return path, verify(path), faults
+            return Found(path, verify(path), damaged)
         except CheckpointError as error:
-            faults.append(str(error))
-    if faults:
-        raise CheckpointError(f"{'; '.join(faults)}. No good checkpoint is left: start again with --overwrite, or put back a copy")
+            damaged[path] = str(error)
+    if damaged:
+        raise CheckpointError(
+            f"{'; '.join(damaged.values())}. No good checkpoint is left: start again with --overwrite, or put back a copy"
+        )
     return None
 
 

@@ -14,8 +14,11 @@ from safetensors import SafetensorError
 
 from fastalign.errors import OutputError
 
-# What a run writes at the top of its folder; overwriting deletes these and nothing else.
-RUN_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
+MARK = "metrics.jsonl"  # the first file of a run: a folder that has it holds a run
+TEMPORARY = ".writing-"  # begins the name of a folder that is still being written
+
+# What a run writes at the top of its folder; overwriting deletes these and nothing else. The mark goes last.
+RUN_FILES = ("checkpoints", "final", "reference", "report", "report.html", "data.json", "config.yaml", "tensorboard", "wandb", MARK)
 
 
 class RunFolder:
@@ -26,14 +29,16 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
 
-    def clear(self) -> None:
-        """Delete the run that is in the folder."""
+    def begin(self, *, fresh: bool) -> None:
+        """Mark the folder as a run's and delete what a killed process left half-written; with `fresh`, the run in it too."""
         with writing(self.path):
-            for entry in self.path.iterdir():
+            old = [self.path / name for name in RUN_FILES] if fresh else []
+            for entry in [*self.path.glob(f"{TEMPORARY}*"), *self.checkpoints.glob(f"{TEMPORARY}*"), *old]:
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
-                    entry.unlink()
+                    entry.unlink(missing_ok=True)
+            (self.path / MARK).touch()
 
 
 @contextmanager
@@ -100,7 +105,7 @@ def _check_content(path: Path, *, resume: bool, overwrite: bool) -> None:
     entries = {entry.name for entry in path.iterdir()}
     if not entries:
         return
-    if not entries.intersection(RUN_MARKS):
+    if MARK not in entries:
         shown = ", ".join(sorted(entries)[:3])
         raise OutputError(f"{path}: the folder holds files that are not a run's ({shown}); choose an empty or new --output")
     if not (resume or overwrite):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 import threading
 import time
@@ -18,6 +17,8 @@ import torch
 
 from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
 from fastalign.errors import NumericsError
+from fastalign.models.adapters import POLICY, has_adapter
+from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.heads import head_spec
 from fastalign.models.load import load_model
 from fastalign.models.save import save_final
@@ -26,10 +27,10 @@ from fastalign.objectives.base import RunConfig
 from fastalign.packing import collate
 from fastalign.train import checkpoint
 from fastalign.train.card import write_card
-from fastalign.train.checkpoint import Identity, Progress
+from fastalign.train.checkpoint import Found, Identity, Progress
 from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
-from fastalign.train.folder import RunFolder, claim, publish, writing
-from fastalign.train.metrics import MetricsWriter
+from fastalign.train.folder import TEMPORARY, RunFolder, claim, publish, writing
+from fastalign.train.metrics import MetricsWriter, check_loggers
 from fastalign.train.optim import Optimizer, learning_rate
 from fastalign.train.report import write_counts, write_report
 from fastalign.train.step import Order, check_lengths, check_vocabulary, micro_batches, run_step, to_floats
@@ -66,7 +67,8 @@ def train(config: RunConfig, *, callbacks: Sequence[Callback] = ()) -> TrainResu
 class _Run:
     def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback]) -> None:
         self.config, self.folder, self.callbacks = config, folder, callbacks
-        self.tokenizer = load_tokenizer(config.model.path)
+        check_loggers(config.loggers)
+        self.tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         self.data = config.load_data(self.tokenizer, head_vocab_size(config.model.path))  # before the model: mistakes show sooner
         samples = [*self.data.samples, *self.data.eval_samples]
         check_lengths(samples, config.max_tokens)
@@ -80,21 +82,26 @@ class _Run:
             algorithm=config.name,
             options={name: value for name, value in flat(config).items() if name not in RESUME_MAY_CHANGE},
             data=self.data.fingerprint,
-            model=checkpoint.fingerprint(self.model),
+            model=model_fingerprint(self.model, skip_adapter=POLICY if has_adapter(self.model) else None),
         )
-        self.objective = config.objective(self.model, self.data, folder.path)  # before a checkpoint replaces the initial weights
         self.optimizer = Optimizer(self.model, config, head_weight=head.weight)
+        self_check(self.model, collate(self._samples(0)[:1]).to(self.device))
         self.progress = Progress()
+        self.saved_step = -1
         self.metrics: dict[str, float] = {}
         self.eval_metrics: dict[str, float] = {}
 
     def run(self) -> TrainResult:
         config, folder, total = self.config, self.folder, self.order.total_steps
-        self.model.train()
-        self_check(self.model, collate(self._samples(0)[:1]).to(self.device))
         self._begin()
+        self.model.train()
         logs = MetricsWriter(
-            self.folder.path, loggers=config.loggers, resume_step=self.progress.step, total_steps=total, run_name=self.folder.path.name
+            folder.path,
+            loggers=config.loggers,
+            resume_step=self.progress.step,
+            total_steps=total,
+            run_name=folder.path.name,
+            config=flat(config),
         )
         with logs, _stop_requests() as stop:
             while self.progress.step < total and not stop:
@@ -108,9 +115,10 @@ class _Run:
                     logs.log(step, self.eval_metrics, kind="eval")
                 for callback in self.callbacks:
                     callback(step, self.metrics)
-                if step == total or stop or (config.save_every and step % config.save_every == 0):
-                    logs.sync()  # a checkpoint counts on the rows before it
-                    self._save()
+                if step == total or (config.save_every and step % config.save_every == 0):
+                    self._save(logs)
+            if self.saved_step < self.progress.step:
+                self._save(logs)
         if stop and self.progress.step < total:
             logger.warning("%s: stopped by %s after step %d/%d; continue with --resume", folder.path, stop[0], self.progress.step, total)
             return TrainResult(folder.path, self.progress.step, self.metrics, self.eval_metrics, interrupted=stop[0])
@@ -181,30 +189,34 @@ class _Run:
         return [self.data.samples[i] for i in self.order.samples_of(step)]
 
     def _begin(self) -> None:
-        """The first write of the run: an empty folder with its config, or what the newest checkpoint holds."""
+        """The first write of the run. Then the objective, for the initial weights, and after it what the newest checkpoint holds."""
         config, folder = self.config, self.folder
-        if config.overwrite:
-            folder.clear()
-        checkpoint.clean(folder.checkpoints)
         found = checkpoint.newest_good(folder.checkpoints) if config.resume else None
         if found:
-            path, state, faults = found
-            checkpoint.check_identity(path, state, self.identity)
-            for fault in faults:
-                logger.warning("damaged checkpoint: %s; continuing from %s", fault, path.name)
-            for newer in checkpoint.list_checkpoints(folder.checkpoints)[: len(faults)]:
-                checkpoint.set_aside(newer)
-            checkpoint.restore_weights(self.optimizer.named, checkpoint.load_tensors(path, "weights"), path)
-            self.optimizer.load_state(checkpoint.load_tensors(path, "optimizer"))
-            checkpoint.restore_rng(checkpoint.load_tensors(path, "rng"))
-            self.progress = Progress(**state["progress"])
-            logger.info("%s: continuing after step %d", folder.path, self.progress.step)
+            checkpoint.check_identity(found.path, found.state, self.identity)
         elif config.resume:
             logger.warning("%s: no checkpoint to resume from; starting at the first step", folder.path)
+        folder.begin(fresh=config.overwrite)
         dump(config, folder.path / "config.yaml")
         write_counts(folder.path, self.data)
+        with writing(folder.path):
+            self.objective = config.objective(self.model, self.data, folder.path)
+        if found:
+            self._restore(found)
 
-    def _save(self) -> None:
+    def _restore(self, found: Found) -> None:
+        for path, fault in found.damaged.items():
+            logger.warning("damaged checkpoint: %s; continuing from %s", fault, found.path.name)
+            checkpoint.set_aside(path)
+        checkpoint.restore_weights(self.optimizer.named, checkpoint.load_tensors(found.path, "weights"), found.path)
+        self.optimizer.load_state(checkpoint.load_tensors(found.path, "optimizer"))
+        checkpoint.restore_rng(checkpoint.load_tensors(found.path, "rng"))
+        self.progress = Progress(**found.state["progress"])
+        self.saved_step = self.progress.step
+        logger.info("%s: continuing after step %d", self.folder.path, self.progress.step)
+
+    def _save(self, logs: MetricsWriter) -> None:
+        logs.sync()  # a checkpoint counts on the rows before it
         checkpoint.save(
             self.folder.checkpoints,
             self.progress,
@@ -213,14 +225,13 @@ class _Run:
             self.optimizer.state(),
             keep=self.config.keep_checkpoints,
         )
+        self.saved_step = self.progress.step
 
     def _finish(self) -> None:
         """Export the weights, and write the report and the model card."""
         folder = self.folder
-        temporary = folder.path / ".writing-final"
+        temporary = folder.path / f"{TEMPORARY}final"
         with writing(folder.final):
-            if temporary.exists():
-                shutil.rmtree(temporary)
             save_final(self.model, self.tokenizer, temporary)
             publish(temporary, folder.final)
         write_report(folder.path)

@@ -27,9 +27,22 @@ def test_another_run_is_kept_unless_asked(tmp_path: Path) -> None:
     for options in ({"resume": True}, {"overwrite": True}):
         with claim(tmp_path, **options):
             assert (tmp_path / "metrics.jsonl").exists()
-    with claim(tmp_path, overwrite=True) as folder:
-        folder.clear()
-    assert not tmp_path.exists()
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_a_fresh_start_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("checkpoints/step-000001", "checkpoints/.writing-step-000002", ".writing-final", "final", "reference", "notes"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "config.yaml", "notes/idea.txt", "thesis.tex"):
+        (tmp_path / name).write_text("x")
+    with claim(tmp_path, resume=True) as folder:
+        folder.begin(fresh=False)
+        assert not list(tmp_path.rglob(".writing-*"))
+        assert (tmp_path / "checkpoints" / "step-000001").is_dir()
+        assert (tmp_path / "metrics.jsonl").read_text() == "x"
+        folder.begin(fresh=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "notes", "thesis.tex"]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])

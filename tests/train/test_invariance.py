@@ -1,0 +1,111 @@
+"""The gradient of a step does not depend on how its samples are cut into micro-batches, packed or ordered."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+
+from fastalign.models.config import LoraConfig
+from fastalign.models.load import load_model
+from fastalign.objectives.dpo import DPO, DPOConfig
+from fastalign.train.step import micro_batches, run_step
+from fastalign.types import PackedBatch, Sample
+
+TOLERANCE = 1e-5  # of the gradient's largest entry, and of its norm
+
+
+class FixedReference:
+    """Reference log-probs that depend on nothing but the sample."""
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        return torch.tensor([-7.0 - (3 * i + k) % 5 for i in batch.index for k in (0, 1)])
+
+
+def pairs(n: int = 8) -> list[Sample]:
+    rng = random.Random(0)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(1, 300) for _ in range(rng.randint(low, high)))
+
+    return [Sample(i, tokens(1, 12), (tokens(1, 14), tokens(1, 14)), weight=rng.choice((0.5, 1.0, 2.0))) for i in range(n)]
+
+
+def cut(samples: list[Sample], size: int) -> list[list[Sample]]:
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def shuffled(samples: list[Sample], seed: int) -> list[Sample]:
+    return random.Random(seed).sample(samples, len(samples))
+
+
+PLANS = {
+    "8x1": cut(pairs(), 1),
+    "4x2": cut(pairs(), 2),
+    "2x4": cut(pairs(), 4),
+    "one pack, another order": [shuffled(pairs(), 1)],
+    "one pack, reversed": [pairs()[::-1]],
+    "unequal": [pairs()[:1], pairs()[1:3], pairs()[3:]],
+    "shuffled 3+5": [shuffled(pairs(), 2)[:3], shuffled(pairs(), 2)[3:]],
+    "by 60 tokens": micro_batches(pairs(), 60),
+    "by 90 tokens": micro_batches(shuffled(pairs(), 3), 90),
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "tied": {"model": {"tie_word_embeddings": True}},
+    "ipo": {"config": {"loss_type": "ipo"}},
+    "small head budget": {"config": {"logits_budget": 40 * 320 * 4}},  # a few rows of logits at a time
+    "lora": {"lora": LoraConfig(r=4)},
+    "lora with head": {"lora": LoraConfig(r=4, targets=["q_proj", "down_proj", "lm_head"])},
+}
+
+
+def gradient(case: str, plan: list[list[Sample]]) -> tuple[Tensor, dict[str, float]]:
+    options = CASES[case]
+    model = load_model(tiny_model("qwen3", **options.get("model", {})), lora=options.get("lora"))
+    with torch.no_grad():  # a fresh adapter has B = 0, and then no gradient reaches A
+        for seed, (name, p) in enumerate(model.named_parameters()):
+            if "lora_" in name:
+                p.copy_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+    model.train()
+    objective = DPO(DPOConfig(output="run", **options.get("config", {})), model, FixedReference())  # type: ignore[arg-type]
+    sums, denominators = run_step(objective, plan, device=torch.device("cpu"))
+    grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert len(grads) == sum(p.requires_grad for p in model.parameters())
+    return torch.cat(grads), objective.metrics({name: value.item() for name, value in sums.items()}, denominators)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_and_metrics_do_not_depend_on_the_cut(case: str) -> None:
+    expected, metrics = gradient(case, [pairs()])
+    assert expected.abs().max() > 1e-3
+    for name, plan in PLANS.items():
+        assert sorted(s.index for members in plan for s in members) == list(range(8))
+        found, found_metrics = gradient(case, plan)
+        difference = (found - expected).double()
+        assert difference.abs().max() <= TOLERANCE * expected.abs().max(), name
+        assert difference.norm() <= TOLERANCE * expected.double().norm(), name
+        assert found_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6), name
+
+
+def test_the_tolerance_would_notice_a_mean_of_means() -> None:
+    """Denominators per micro-batch, averaged over unequal micro-batches, are what goes wrong elsewhere; so is a lost pair."""
+    expected, _ = gradient("full", [pairs()])
+    plan = PLANS["unequal"]
+    mean_of_means = torch.stack([gradient("full", [members])[0] for members in plan]).mean(0)
+    lost_pair, _ = gradient("full", [pairs()[:7]])
+    for wrong in (mean_of_means, lost_pair):
+        assert (wrong - expected).abs().max() > 100 * TOLERANCE * expected.abs().max()
+
+
+def test_micro_batches_hold_every_sample_within_the_budget() -> None:
+    samples = pairs(40)
+    plan = micro_batches(samples, 64)
+    assert sorted(s.index for members in plan for s in members) == list(range(40))
+    assert max(sum(s.num_tokens for s in members) for members in plan) <= 64
+    assert len(plan) < 40

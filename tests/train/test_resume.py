@@ -1,0 +1,122 @@
+"""Runs killed with SIGKILL at random moments continue to metrics and weights equal, bit for bit, to those of a run left alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killing import config, rows, weights
+from tiny import preference_rows, save_tiny
+
+from fastalign import train
+from fastalign.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny(folder / "model", "qwen3")
+    found = preference_rows(24, seed=3)
+    for name, part in {"pairs": found[:18], "heldout": found[18:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_runs_resume_bit_for_bit(inputs: Path, tmp_path: Path, kills: int) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(inputs), str(tmp_path), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    trials = report["trials"]
+    assert len(trials) == kills
+    for trial in trials:
+        assert trial["same_metrics"], trial
+        assert trial["same_weights"], trial
+        assert trial["leftovers"] == [], trial
+    # The moments were what they should be: runs cut in the middle, and in the middle of a save.
+    assert sum(trial["killed"] for trial in trials) >= kills // 2
+    assert any(trial["half_written"] for trial in trials), trials
+    assert any(0 < trial["rows"] < report["rows"] for trial in trials), trials
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(config("lora", inputs, run, resume=False))
+    return run
+
+
+def interrupted_at(inputs: Path, run: Path, step: int) -> None:
+    """A run that ends, as if killed, right after the save of `step`; dropout makes it depend on the generator state."""
+
+    class Killed(Exception):
+        pass
+
+    def stop(at: int, _: dict[str, Any]) -> None:
+        if at == step + 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config("lora", inputs, run, resume=False), callbacks=[stop])
+
+
+@pytest.mark.parametrize("step", [2, 8, 14])
+def test_resume_after_any_checkpoint_restores_dropout_and_order(inputs: Path, whole: Path, tmp_path: Path, step: int) -> None:
+    run = tmp_path / "run"
+    interrupted_at(inputs, run, step)
+    train(config("lora", inputs, run, resume=True))
+    assert rows(run) == rows(whole)
+    assert weights(run) == weights(whole)
+
+
+def test_a_resume_without_the_generator_state_would_differ(
+    inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison above has power: leave out one part of the state and it fails."""
+    run = tmp_path / "run"
+    interrupted_at(inputs, run, 8)
+    monkeypatch.setattr("fastalign.train.checkpoint.restore_rng", lambda saved: None)
+    train(config("lora", inputs, run, resume=True))
+    assert weights(run) != weights(whole)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_continued(
+    inputs: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    interrupted_at(inputs, run, 8)
+    file = run / "checkpoints" / "step-000008" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with caplog.at_level(logging.WARNING, logger="fastalign"):
+        train(config("lora", inputs, run, resume=True))
+    assert any(
+        "step-000008/optimizer.safetensors: truncated" in r.message and "continuing from step-000006" in r.message for r in caplog.records
+    )
+    assert rows(run) == rows(whole)
+    assert weights(run) == weights(whole)
+    assert (run / "checkpoints" / "step-000008.damaged").exists()
+
+
+def test_when_every_checkpoint_is_damaged_the_run_stops_and_keeps_them(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    interrupted_at(inputs, run, 4)
+    for path in (run / "checkpoints").iterdir():
+        (path / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"step-000004.*step-000002.*No good checkpoint is left"):
+        train(config("lora", inputs, run, resume=True))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+
+
+def test_resuming_a_finished_run_only_finishes_it_again(inputs: Path, whole: Path) -> None:
+    before, exported = rows(whole), weights(whole)
+    (whole / "final" / "adapter_model.safetensors").unlink()
+    result = train(config("lora", inputs, whole, resume=True))
+    assert result.step == max(row["step"] for row in before)
+    assert rows(whole) == before
+    assert weights(whole) == exported
