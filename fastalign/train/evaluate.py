@@ -83,7 +83,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     reference = found.start if config.reference == "auto" else None if config.reference == "none" else locate(config.reference).path
     beta = config.beta or found.beta or 0.1
     loss_type = config.loss_type or found.loss_type or "sigmoid"
-    tokenizer = load_tokenizer(found.path, chat_template=config.data.chat_template)
+    tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
 
     started = time.perf_counter()
     policy = _load(config.model, found.path)

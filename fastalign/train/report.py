@@ -20,6 +20,9 @@ from fastalign.train.folder import writing
 from fastalign.train.metrics import read_metrics
 
 
+SHOWN_SAMPLES = 20
+
+
 def write_counts(run_dir: Path | str, data: Any) -> None:
     """Write `data.json`: how many samples the run trains on and holds out, and the rows that its source dropped, by reason."""
     counts: dict[str, Any] = {"train": len(data.samples), "held_out": len(data.eval_samples)}
@@ -143,7 +146,10 @@ def _samples(path: Path) -> str:
     columns += sorted({name for sample in samples for name in sample} - set(known))
     if not samples:
         return ""
-    return _section("Samples", _table(columns, [[text_of(sample.get(name, "")) for name in columns] for sample in samples], wide=True))
+    rows = [[text_of(sample.get(name, "")) for name in columns] for sample in samples[:SHOWN_SAMPLES]]
+    more = len(samples) - len(rows)
+    note = f"<p class=note>and {more:,} more in samples.jsonl</p>" if more else ""
+    return _section("Samples", _table(columns, rows, wide=True) + note)
 
 
 def _counts(path: Path) -> list[tuple[str, str]]:

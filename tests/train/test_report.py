@@ -132,6 +132,13 @@ def test_only_runs_have_reports(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
+def test_many_samples_are_cut_with_a_word(run: Path) -> None:
+    (run / "samples.jsonl").write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(23)))
+    text = write_report(run).read_text()
+    assert ("number 19" in text, "number 20" in text) == (True, False)
+    assert "and 3 more in samples.jsonl" in text
+
+
 def test_damaged_samples_are_named(run: Path) -> None:
     (run / "samples.jsonl").write_text('{"prompt": "a"}\n[1]\n')
     with pytest.raises(CheckpointError, match=r"samples\.jsonl:2: not a JSON object"):
