@@ -56,7 +56,7 @@ def parse_example(place: str, index: int, row: Row, columns: Mapping[str, str]) 
     place, column and remedy, for a row that is malformed.
     """
     names = {name: columns.get(name, name) for name in COLUMNS}
-    for name in ("chosen", "rejected"):
+    for name in ("chosen", "rejected", *columns):
         if names[name] not in row:
             raise DataError(f"{place}: column {names[name]!r} is missing{_missing_hint(row, names[name], names)}")
     _refuse_misspelt_prompt(place, row, names)

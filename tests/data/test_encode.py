@@ -25,7 +25,7 @@ from fastalign.types import Sample
 THINKING = (
     "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+    "{% if m.content is string %}{{ m.content }}{% elif m.content %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
     "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}"
     "{% if m.role == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>"

@@ -83,6 +83,9 @@ def test_renamed_columns() -> None:
     assert turns(example) == {"prompt": "q", "chosen": "a", "rejected": "b"}
     with pytest.raises(DataError, match="column 'good' is missing"):
         parse(PLAIN, chosen="good")
+    with pytest.raises(DataError, match="column 'question' is missing"):  # and not: the prompt is implicit
+        parse(implicit := {"chosen": "ab", "rejected": "ac"}, prompt="question")
+    assert parse(implicit).prompt == "a"
 
 
 DROPPED = {

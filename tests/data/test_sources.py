@@ -95,6 +95,7 @@ def test_a_hub_name_goes_to_load_dataset_without_code(monkeypatch: pytest.Monkey
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "__version__", "5.2.0")
     assert next(read_rows("owner/pairs-1.0", "test", "en")) == ("owner/pairs-1.0[test]:row 1", ROWS[0])
     assert calls == [(("owner/pairs-1.0", "en"), {"split": "test"})]
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
