@@ -79,13 +79,11 @@ def reference_adapter(model: Any) -> Iterator[None]:
 
 
 def _activate(model: Any, name: str) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
     for module in model.modules():
-        if (
-            hasattr(module, "set_adapter")
-            and hasattr(module, "active_adapters")
-            and module is not model
-            and not hasattr(module, "peft_config")
-        ):
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
             module.set_adapter(name)
 
 
