@@ -1,0 +1,85 @@
+"""The model, tokenizer and preference pairs that both sides of the DPO benchmark train on, as files."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Qwen3 architecture with tied embeddings, as the small Qwen3 models have them; one token per word."""
+
+    vocab_size: int = 32768
+    hidden: int = 256
+    layers: int = 4
+    prompt_words: tuple[int, int] = (5, 40)
+    completion_words: tuple[int, int] = (5, 60)
+
+    @property
+    def text(self) -> str:
+        return (
+            f"Qwen3 architecture, {self.layers} layers, hidden {self.hidden}, V={self.vocab_size}, tied embeddings; prompts of "
+            f"{self.prompt_words[0]}-{self.prompt_words[1]} words, completions of {self.completion_words[0]}-{self.completion_words[1]}"
+        )
+
+
+QUICK = Shape(vocab_size=2048, hidden=64, layers=2, prompt_words=(3, 10), completion_words=(3, 15))
+
+
+def write_model(folder: Path, shape: Shape) -> Path:
+    """A random model and its word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = {"<eos>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, shape.vocab_size)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=3 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=shape.hidden // 4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, model: Path, rank: int) -> Path:
+    """A LoRA adapter whose update is not zero, so that both sides can start from the same one."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    return folder
+
+
+def write_pairs(path: Path, pairs: int, shape: Shape, *, seed: int = 0) -> Path:
+    """`pairs` rows of random words."""
+    rng = random.Random(seed)
+
+    def words(bounds: tuple[int, int]) -> str:
+        return " ".join(f"w{rng.randrange(2, shape.vocab_size)}" for _ in range(rng.randint(*bounds)))
+
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(pairs):
+            row = {"prompt": words(shape.prompt_words) + " "}
+            row |= {"chosen": words(shape.completion_words), "rejected": words(shape.completion_words)}
+            file.write(json.dumps(row) + "\n")
+    return path
