@@ -44,10 +44,10 @@ class Size:
     layers: int = 3
     pretrain_steps: int = 400
     pretrain_batch: int = 24  # conversations
-    pairs: int = 512
+    pairs: int = 1024
     heldout: int = 256
     samples: int = 128
-    epochs: int = 2
+    epochs: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
     Raises ConfigError for an objective that has no demo, OutputError when `output` holds anything but an earlier demo.
     """
     from rich.console import Console
+
+    from fastalign.train.report import write_report
 
     if objective != "dpo":
         raise ConfigError(f"demo: no demo for objective {objective!r}; there is one for dpo")
@@ -103,7 +105,9 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
         {"prompt": row["prompt"][0]["content"], "before": old, "after": new}
         for row, old, new in zip(heldout, answers_before, answers_after)
     ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples), encoding="utf-8")
+    for home in (folder, result):  # the report shows those in the run's folder
+        (home / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples), encoding="utf-8")
+    write_report(result)
     summary = {
         "objective": objective,
         "seconds": round(time.perf_counter() - started, 1),
