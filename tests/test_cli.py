@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import preference_rows, save_tiny
 
 from fastalign import cli
 from fastalign.errors import DataError
@@ -142,3 +143,30 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupt_then_resume_with_nothing_but_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends a run with a checkpoint and exit code 130; `--resume --output RUN` alone finishes it."""
+    save_tiny(tmp_path / "my-model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40)))
+    words = "dpo --model.path my-model --data.path pairs.jsonl --output run --batch_size 4 --max_steps 80 --metrics basic"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*COMMAND, *words.split()], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "continue with --resume" in error
+    done = len(metrics.read_text().splitlines())
+    assert 0 < done < 80
+    assert not (tmp_path / "run" / "final").exists()
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["dpo", "--resume", "--output", "run"]) == 0
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 81))
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "final" / "README.md").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+    assert cli.main(["dpo", "--resume", "--output", "run", "--beta", "0.3"]) == 2

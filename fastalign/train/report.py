@@ -19,7 +19,6 @@ from fastalign.train.curves import CURVES, Curve, Row, draw, finite
 from fastalign.train.folder import writing
 from fastalign.train.metrics import read_metrics
 
-
 SHOWN_SAMPLES = 20
 
 
