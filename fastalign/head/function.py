@@ -118,7 +118,7 @@ def products(operands: Operands, rows: slice, cols: slice, scratch: Tensor) -> T
     tile = scratch[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
     _product_into(tile, hidden, weight)
     if operands.u is not None and operands.lora_weight is not None:
-        tile.addmm_(operands.u[rows].to(tile.dtype), operands.lora_weight[cols].to(tile.dtype).T)
+        torch.addmm(tile, operands.u[rows].to(tile.dtype), operands.lora_weight[cols].to(tile.dtype).T, out=tile)
     return tile
 
 
@@ -171,7 +171,7 @@ def forward(
     """
     hidden, (n, d) = operands.hidden, operands.hidden.shape
     stats = hidden.new_zeros(len(FIELDS), n, dtype=operands.work_dtype)
-    kept = kept_u = hidden.new_empty(0)
+    kept, kept_u = hidden.new_empty(0), hidden.new_empty(0)
     if plan.schedule == "keep":
         kept = hidden.new_empty(capacity, operands.weight.shape[0])
     elif plan.schedule == "frozen":
@@ -229,18 +229,19 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, work: torch.dtype) -
         if total is None:
             return torch.mm(a, b, out_dtype=work)
         if total.dtype == a.dtype:
-            return total.addmm_(a, b)
+            return torch.addmm(total, a, b, out=total)
         return torch.addmm(total, a, b, out_dtype=work, out=total)
+    if b.dtype == work and (total is None or total.dtype == work):
+        return torch.mm(a, b) if total is None else torch.addmm(total, a, b, out=total)
     if total is None:
         total = a.new_zeros(a.shape[0], b.shape[1])
+    step = _chunk(b.shape[1], work)
     if total.dtype != work:
-        for rows in slabs(a.shape[0], _chunk(b.shape[1], work)):
+        for rows in slabs(a.shape[0], step):
             total[rows] += torch.mm(a[rows], b.to(work))
-    elif b.dtype != work:
-        for inner in slabs(b.shape[0], _chunk(b.shape[1], work)):
-            total.addmm_(a[:, inner], b[inner].to(work))
     else:
-        total.addmm_(a, b)
+        for inner in slabs(b.shape[0], step):
+            torch.addmm(total, a[:, inner], b[inner].to(work), out=total)
     return total
 
 

@@ -75,6 +75,9 @@ def linear_logps_op(
     plan = _plan(operands, n, schedule, budget, impl, len(wanted))
     some = operands.take(live)
     found, kept, kept_u = function.forward(some, plan, frozenset(outputs.split(",")), wanted, hidden.shape[0])
+    for rows in (kept, kept_u):
+        if rows.numel():
+            rows[..., n:, :].zero_()
     return found if live is None else spread(found.T, live, hidden.shape[0]).T.contiguous(), kept, kept_u
 
 

@@ -27,6 +27,7 @@ IMPLEMENTATIONS = ("torch", "reference")
 MIN_ROWS = {"cpu": 64, "cuda": 1024}  # fewer rows make a GEMM re-read the weight for too little work
 MAX_ROWS = {"cpu": 1024, "cuda": 8192}  # more rows gain nothing
 MIB = 1 << 20
+ROW_SCRATCH = 4 * MIB  # what the row kernels and upcasts hold beside the tile
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ def make_plan(
     min_rows = min(max(1, rows), max(MIN_ROWS.get(device.type, 64), group_rows if local_loss else 1))
     reasons: list[str] = []
 
-    # One slab: logits in the working dtype, plus what a half-precision CPU GEMM upcasts.
-    slab_rows = budget // max(1, vocabulary * work)
+    room = max(budget // 2, budget - ROW_SCRATCH)
+    slab_rows = room // max(1, vocabulary * work)
     tile_cols = vocabulary
     if slab_rows < min_rows:
         slab_rows = min_rows
-        tile_cols = max(1, min(vocabulary, budget // (min_rows * work)))
+        tile_cols = max(1, min(vocabulary, room // (min_rows * work)))
         if tile_cols < vocabulary:
             reasons.append(f"{budget / MIB:.1f} MiB hold fewer than {min_rows} whole rows: slabs are cut into tiles of {tile_cols} columns")
     slab_rows = max(min_rows, min(slab_rows, MAX_ROWS.get(device.type, 1024), max(1, rows)))
@@ -145,7 +146,7 @@ def explain(rows: int, vocabulary: int, hidden_size: int, **request: object) -> 
 
     >>> print(explain(4096, 151936, 512, budget=64 * 2**20))
     schedule recompute, impl torch: 8 NVD
-      slabs of 110 rows x 151936 columns, 63.8 MiB scratch of 64.0 MiB budget, 0.0 MiB kept
+      slabs of 103 rows x 151936 columns, 59.7 MiB scratch of 64.0 MiB budget, 0.0 MiB kept
       all logits need 2374.0 MiB, more than the budget
     """
     return str(make_plan(rows, vocabulary, hidden_size, **request))  # type: ignore[arg-type]

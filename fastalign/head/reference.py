@@ -37,12 +37,11 @@ def reference_logps(
     log_p = logits.log_softmax(dim=1)
     index = target.masked_fill(~live, 0).unsqueeze(1)
     target_logit = logits.gather(1, index).squeeze(1)
-    fields = (
-        log_p.gather(1, index).squeeze(1),
-        -(log_p.exp() * log_p.clamp(min=torch.finfo(dtype).min)).sum(1),
-        logits.logsumexp(1),
-        (2 * log_p.detach()).logsumexp(1),
-        logits.mean(1),
+    return HeadOutput(
+        logps=log_p.gather(1, index).squeeze(1).masked_fill(~live, 0),
+        entropy=-(log_p.exp() * log_p.clamp(min=torch.finfo(dtype).min)).sum(1).masked_fill(~live, 0),
+        lse=logits.logsumexp(1).masked_fill(~live, 0),
+        log_sum_sq_probs=(2 * log_p.detach()).logsumexp(1).masked_fill(~live, 0),
+        mean_logits=logits.mean(1).masked_fill(~live, 0),
+        is_top1=(target_logit >= logits.amax(1)) & live,
     )
-    is_top1 = (target_logit >= logits.amax(1)) & live
-    return HeadOutput(*(x.masked_fill(~live, 0) for x in fields), is_top1)

@@ -1,0 +1,142 @@
+"""FLOPs and bytes: counted by torch's profiler tools and by the operating system, not taken from the planner."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from problems import make
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastalign import linear_logps, linear_loss
+from fastalign.head import plan
+
+N, V, D = 96, 320, 32
+NVD = N * V * D
+
+
+def flops(run) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / NVD
+
+
+def problem(frozen=False, ignored=0):
+    return make(n=N, v=V, d=D, ignored=ignored, frozen=frozen, terms=("logps",))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "frozen", "nvd"),
+    [("none", False, 2), ("frozen", True, 4), ("slab", False, 6), ("slab", True, 4), ("keep", False, 6), ("recompute", False, 8)],
+)
+@pytest.mark.parametrize("budget", [None, V * 4 * 64 * 2], ids=["one slab", "two slabs"])
+def test_flops_of_each_schedule(schedule, frozen, nvd, budget):
+    p = problem(frozen)
+
+    def run():
+        with torch.set_grad_enabled(schedule != "none"):
+            if schedule == "slab":
+                linear_loss(p.hidden, p.weight, p.target, p.loss, budget=budget).backward()
+            else:
+                out = linear_logps(p.hidden, p.weight, p.target, schedule=schedule, budget=budget)
+                if schedule != "none":
+                    p.loss(out).backward()
+
+    assert flops(run) == nvd
+    request = {"hidden_grad": schedule != "none", "head_grad": schedule != "none" and not frozen, "local_loss": schedule == "slab"}
+    assert plan.make_plan(N, V, D, schedule=schedule, budget=budget, **request).nvd == nvd
+
+
+@pytest.mark.parametrize(("schedule", "nvd"), [("keep", 6), ("recompute", 8), ("slab", 6)])
+def test_ignored_rows_reach_no_gemm(schedule, nvd):
+    p = problem(ignored=2)
+
+    def run():
+        if schedule == "slab":
+            linear_loss(p.hidden, p.weight, p.target, p.loss).backward()
+        else:
+            p.loss(linear_logps(p.hidden, p.weight, p.target, schedule=schedule)).backward()
+
+    assert flops(run) == nvd / 2
+
+
+@pytest.mark.parametrize(("schedule", "nvd"), [("keep", 2 + 1), ("recompute", 2 + 1.5), ("slab", 2 + 1)])
+def test_rows_without_a_coefficient_reach_no_gradient_gemm(schedule, nvd):
+    p = problem()
+    p.coefficients["logps"][N // 4 :] = 0
+
+    def run():
+        if schedule == "slab":
+            linear_loss(p.hidden, p.weight, p.target, p.loss).backward()
+        else:
+            p.loss(linear_logps(p.hidden, p.weight, p.target, schedule=schedule)).backward()
+
+    assert flops(run) == nvd
+
+
+def test_vocabulary_tiles_of_a_slab_cost_two_more():
+    p = problem()
+    budget = V * 4 * 16
+    assert plan.make_plan(N, V, D, local_loss=True, budget=budget).tiled
+    assert flops(lambda: linear_loss(p.hidden, p.weight, p.target, p.loss, budget=budget).backward()) == 8
+    assert plan.make_plan(N, V, D, local_loss=True, budget=budget).nvd == 8
+
+
+MEASURE = """
+    import sys, torch, fastalign
+    n, v, d, budget = {n}, {v}, {d}, {budget}
+
+    def status(field):
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field))
+
+    hidden = torch.randn(n, d, requires_grad=True)
+    weight = (torch.randn(v, d) / d**0.5).requires_grad_()
+    target, c = torch.randint(0, v, (n,)), torch.randn(n)
+    few = v // 8
+    fastalign.linear_logps(hidden, weight[:few], target % few, budget=budget).logps.sum().backward()  # loads every library
+    hidden.grad = weight.grad = None
+    open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
+    before = status("VmRSS")
+    loss = {loss}
+    loss.backward()
+    print(status("VmHWM") - before)
+"""
+
+
+def growth(n, v, d, budget, loss) -> int:
+    code = textwrap.dedent(MEASURE).format(n=n, v=v, d=d, budget=budget, loss=loss)
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+LOGPS = "(fastalign.linear_logps(hidden, weight, target, budget=budget).logps * c).sum()"
+SLAB = "fastalign.linear_loss(hidden, weight, target, lambda out, rows: (out.logps * c[rows]).sum(), budget=budget)"
+PLAIN = "((hidden @ weight.T).log_softmax(1).gather(1, target[:, None])[:, 0] * c).sum()"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc; the bound is unproven elsewhere")
+@pytest.mark.parametrize(
+    ("n", "v", "d"), [(1024, 151936, 64), pytest.param(4096, 151936, 512, marks=pytest.mark.slow)], ids=["small", "large"]
+)
+def test_memory_stays_within_gradients_and_budget(n, v, d):
+    budget = 64 << 20
+    allowed = 1.05 * (4 * n * d + 4 * v * d + budget)
+    assert growth(n, v, d, budget, LOGPS) <= allowed
+    assert growth(n, v, d, budget, SLAB) <= allowed
+    if n == 1024:
+        assert growth(n, v, d, budget, PLAIN) > 4 * allowed  # the measurement sees what it should
+
+
+def test_plan_explains_itself():
+    text = plan.explain(4096, 151936, 512, budget=64 << 20)
+    assert "schedule recompute" in text and "all logits need 2374.0 MiB" in text
+    assert "slabs of 103 rows" in text
+    tiled = plan.explain(4096, 262144, 512, budget=8 << 20, local_loss=True)
+    assert "8 NVD" in tiled and "tiles of 16384 columns" in tiled
+
+
+def test_default_budget_is_a_power_of_two_that_free_memory_does_not_change():
+    budget = plan.default_budget(torch.device("cpu"))
+    ballast = torch.ones(1 << 26)
+    assert budget == plan.default_budget(torch.device("cpu")) and budget & (budget - 1) == 0 and ballast.sum() > 0
