@@ -102,7 +102,7 @@ def _train(name: str, argv: list[str]) -> int:
     run = Path(flags.get("output") or "")
     if flags.get("resume") and flags.get("output") and (run / "config.yaml").exists():
         config = resume_config(argv, config_class, run)
-    elif flags.get("resume") and flags.get("output") and "model.path" not in flags and "--config" not in argv:
+    elif flags.get("resume") and flags.get("output") and not ("model.path" in flags or any(word.startswith("--config") for word in argv)):
         raise ConfigError(f"--resume: {run} has no config.yaml, so there is no run to resume; check --output")
     else:
         config = parse(argv, config_class)

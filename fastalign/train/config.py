@@ -191,6 +191,9 @@ def _read_yaml(path: Path, table: dict[str, Option]) -> dict[str, Any]:
 def _flatten(content: dict[Any, Any], table: dict[str, Option], path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         name = f"{prefix}{key}".replace("-", "_")
+        section = any(other.startswith(f"{name}.") for other in table)
+        if value is None and section:  # a heading whose options are all commented out
+            continue
         if isinstance(value, dict) and name not in table:
             yield from _flatten(value, table, path, f"{name}.")
         else:

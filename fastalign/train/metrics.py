@@ -54,7 +54,7 @@ class MetricsWriter:
         truncate_metrics(self.path, resume_step)
         with writing(self.path):
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._trackers = [_TRACKERS[name](output, run_name, resume_step, dict(config or {})) for name in loggers]
+        self._trackers = [_start(name, output, run_name, resume_step, dict(config or {})) for name in loggers]
         self._progress = _progress(stream or sys.stderr, total_steps, resume_step) if progress else None
 
     def log(self, step: int, metrics: Mapping[str, float], kind: Literal["train", "eval"] = "train") -> None:
@@ -194,7 +194,7 @@ class _Wandb:
 class _Trackio:
     def __init__(self, output: Path, run_name: str, resume_step: int, config: dict[str, Any]) -> None:
         self.trackio = importlib.import_module("trackio")
-        self.trackio.init(project="fastalign", name=run_name, config=config, resume="allow")
+        self.trackio.init(project="fastalign", name=run_name, config=config, resume="allow" if resume_step else "never")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.trackio.log(dict(values), step=step)
@@ -204,6 +204,13 @@ class _Trackio:
 
 
 _TRACKERS: dict[str, Callable[[Path, str, int, dict[str, Any]], Any]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+
+
+def _start(name: str, *options: Any) -> Any:
+    try:
+        return _TRACKERS[name](*options)
+    except Exception as error:  # whatever the service makes of a missing login, network or version
+        raise DependencyError(f"loggers: {name} did not start: {error}; mend that, or leave {name} out of --loggers") from error
 
 
 def _progress(stream: TextIO, total_steps: int, first: int) -> _Bar | _Lines:

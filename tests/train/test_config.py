@@ -114,7 +114,7 @@ def test_mistakes_are_named_with_their_remedy(argv: str, words: str) -> None:
 def test_flags_override_files_and_later_files_earlier_ones(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("beta: 0.5\nbatch-size: 2\nmodel:\n  path: a\n  dtype: float32\nlearning_rate: 1e-5\n")
-    second.write_text("model.path: b\nbeta: 0.6\n")
+    second.write_text("model.path: b\nbeta: 0.6\nmodel:\n#  dtype: auto\n")
     config = parse(["--config", str(first), "--config", str(second), "--beta", "0.7"], Config)
     assert (config.beta, config.batch_size, config.model, config.learning_rate) == (0.7, 2, Model("b", "float32"), 1e-5)
 

@@ -166,6 +166,14 @@ def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert [call[1] for call in fake.calls[1:3]] == [(row, 3), ({"eval_loss": 0.4}, 3)]
 
 
+def test_a_tracker_that_does_not_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTracker("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(fake, "init", lambda **options: 1 / 0)
+    with pytest.raises(DependencyError, match="wandb did not start: division by zero; mend that, or leave wandb out of --loggers"):
+        writer(tmp_path, loggers=["wandb"])
+
+
 def test_wandb_resumes_the_same_run_and_a_new_run_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTracker("wandb")
     monkeypatch.setitem(sys.modules, "wandb", fake)
