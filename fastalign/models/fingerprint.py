@@ -20,7 +20,7 @@ _TRANSIENT = {"_name_or_path", "name_or_path", "transformers_version", "use_cach
 def model_fingerprint(model: nn.Module, *, skip_adapter: str | None = None) -> str:
     """SHA-256, in hex, of all weights (names, dtypes, shapes, bytes) and of the config of `model`.
 
-    `skip_adapter` names an adapter of PEFT whose weights do not count.
+    `skip_adapter` names an adapter of PEFT that does not count: neither its weights nor the names of what it wraps.
 
     All bytes are read (one to two GB/s and core): sizes and dates of files would call two models equal that are not.
     """
@@ -28,12 +28,18 @@ def model_fingerprint(model: nn.Module, *, skip_adapter: str | None = None) -> s
     config: dict[str, Any] = causal_lm(model).config.to_dict()
     kept = {key: value for key, value in config.items() if key not in _TRANSIENT}
     digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if skip_adapter is not None and skip_adapter in name.split("."):
-            continue
+    tensors = model.state_dict()
+    if skip_adapter is not None:
+        tensors = {_bare(name): tensor for name, tensor in tensors.items() if skip_adapter not in name.split(".")}
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         _update(digest, tensor)
     return digest.hexdigest()
+
+
+def _bare(name: str) -> str:
+    """The name that a weight has without PEFT around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _update(digest: Any, tensor: Tensor) -> None:
