@@ -58,7 +58,7 @@ def parse_example(place: str, index: int, row: Row, columns: Mapping[str, str]) 
     names = {name: columns.get(name, name) for name in COLUMNS}
     for name in ("chosen", "rejected", *columns):
         if names[name] not in row:
-            raise DataError(f"{place}: column {names[name]!r} is missing{_missing_hint(row, names[name], names)}")
+            raise DataError(f"{place}: column {names[name]!r} is missing{_missing_hint(row, name, names)}")
     _refuse_misspelt_prompt(place, row, names)
     chosen = check_turns(place, names["chosen"], row[names["chosen"]])
     rejected = check_turns(place, names["rejected"], row[names["rejected"]])
@@ -110,15 +110,19 @@ def describe_format(columns: set[str]) -> str | None:
     return None
 
 
-def _missing_hint(row: Row, missing: str, names: Mapping[str, str]) -> str:
+def _missing_hint(row: Row, name: str, names: Mapping[str, str]) -> str:
     have = ", ".join(repr(key) for key in row) or "none"
     others = [key for key in row if key not in names.values()]
+    missing = names[name]
     near = get_close_matches(missing, others, n=1, cutoff=0.7) or [key for key in others if key.startswith(missing)]
     if near:
-        return f", but there is {near[0]!r}: did you mean {missing!r}? Rename it, or set data.columns {{{missing}: {near[0]}}}"
+        meant = f": did you mean {name!r}? Rename it, or set" if missing == name else "; set"
+        return f", but there is {near[0]!r}{meant} data.columns {{{name}: {near[0]}}}"
+    if missing != name:
+        return f" (columns: {have}); data.columns says that {name!r} is there"
     if looks := describe_format(set(row)):
         return f" (columns: {have}); these look like {looks}, while preference training needs 'prompt', 'chosen' and 'rejected'"
-    if missing in ("chosen", "rejected") and {"chosen", "rejected"} & set(row):
+    if {"chosen", "rejected"} & set(row):
         return f" (columns: {have}); every pair needs both 'chosen' and 'rejected'"
     return f" (columns: {have}); preference rows have 'prompt', 'chosen' and 'rejected': rename columns with data.columns"
 

@@ -101,7 +101,7 @@ def read_pairs(
     while batch := list(islice(examples, _BATCH_PAIRS)):
         for example, result in zip(batch, encoder.encode(batch)):
             if isinstance(result, DataError):
-                report.problems.append((example.place, result))
+                report.add_problem(example.place, result)
             else:
                 _add_pair(result, config, pairs, report)
     report.notices.update(encoder.all_notices())
@@ -158,7 +158,7 @@ def _examples(
             seen.update(row)
             example = parse_example(place, index, row, config.columns)
         except DataError as error:
-            report.problems.append((place, error))
+            report.add_problem(place, error)
             continue
         if isinstance(example, Dropped):
             report.drop(*example)

@@ -25,7 +25,8 @@ class DataReport:
     dropped_at: dict[str, str] = field(default_factory=dict)  # reason -> place of the first such row
     truncated: set[int] = field(default_factory=set)  # index of every pair that was cut
     notices: Counter[str] = field(default_factory=Counter)  # message -> rows it concerns
-    problems: list[tuple[str, DataError]] = field(default_factory=list)  # (place, error) of every row that cannot be used
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (place, message) of every row that cannot be used
+    problem_kinds: set[type[DataError]] = field(default_factory=set)
     prompt_lengths: array[int] = field(default_factory=_lengths)
     chosen_lengths: array[int] = field(default_factory=_lengths)
     rejected_lengths: array[int] = field(default_factory=_lengths)
@@ -33,6 +34,10 @@ class DataReport:
     def drop(self, place: str, reason: str) -> None:
         self.dropped[reason] += 1
         self.dropped_at.setdefault(reason, place)
+
+    def add_problem(self, place: str, error: DataError) -> None:
+        self.problems.append((place, str(error)))  # an error object would keep its row alive through the traceback
+        self.problem_kinds.add(type(error))
 
     def summary(self) -> str:
         """How many rows became pairs, as one sentence."""
@@ -49,22 +54,21 @@ class DataReport:
     def problem_lines(self) -> list[str]:
         """One line per kind of problem, in the order found: the message of its first row, and where the others are."""
         groups: dict[str, list[str]] = {}
-        for place, error in self.problems:
-            groups.setdefault(str(error).removeprefix(place), []).append(place)
+        for place, message in self.problems:
+            groups.setdefault(message.removeprefix(place), []).append(place)
         return [f"{places[0]}{text}{_also(places[1:])}" for text, places in groups.items()]
 
     def raise_for_problems(self, shown: int = 5) -> None:
         """Raises the rows' errors as one DataError (a TemplateError if that is what all are), or one when no pair is left."""
+        kind = next(iter(self.problem_kinds)) if len(self.problem_kinds) == 1 else DataError
         if len(self.problems) == 1:
-            raise self.problems[0][1]
+            raise kind(self.problems[0][1])
         if self.problems:
             lines = self.problem_lines()
-            kinds = {type(error) for _, error in self.problems}
-            rest = (
-                "" if len(lines) <= shown else f"\n  and {len(lines) - shown:,} more kinds; `fastalign data check {self.source}` lists them"
-            )
             text = "".join(f"\n  {line}" for line in lines[:shown])
-            raise (kinds.pop() if len(kinds) == 1 else DataError)(f"{self.source}: {len(self.problems):,} rows cannot be used:{text}{rest}")
+            if len(lines) > shown:
+                text += f"\n  and {len(lines) - shown:,} more kinds; `fastalign data check {self.source}` lists them"
+            raise kind(f"{self.source}: {len(self.problems):,} rows cannot be used:{text}")
         if not self.pairs:
             reasons = ", ".join(f"{count:,}: {reason}" for reason, count in self.dropped.most_common())
             raise DataError(f"{self.source}: no pair is left to train on, of {self.rows:,} rows" + (f" ({reasons})" if reasons else ""))

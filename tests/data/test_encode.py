@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trl
 from tiny import CHAT_TEMPLATE, EOS, preference_rows, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -18,7 +19,8 @@ from trl_preprocessing import Scored, trl_pairs
 from fastalign.data.config import DataConfig
 from fastalign.data.preferences import PreferenceData, load_preferences
 from fastalign.errors import DataError, TemplateError
-from fastalign.types import Sample
+from fastalign.packing import collate
+from fastalign.types import IGNORE_INDEX, Sample
 
 # Writes tools, honours a template argument, takes text parts, and opens the answer with a thinking block that a finished
 # answer does not have: the generation prompt is longer than what comes before a completion.
@@ -127,6 +129,20 @@ def test_truncation_equals_trl(name: str, max_length: int, truncation: str, tmp_
     assert not dropped
     full = [scored(sample) for sample in load(rows, tokenizer, tmp_path).samples]
     assert len(data.report.truncated) == sum(pair not in full for pair in distinct)
+
+
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
+def test_packed_targets_are_trls_completion_mask(truncation: str, tmp_path: Path) -> None:
+    samples = load(PLAIN, tiny_tokenizer(), tmp_path, max_length=17, truncation=truncation).samples
+    assert any(sample.skip for sample in samples) is (truncation == "keep_end")
+    batch = collate(samples)
+    sequences = [side for pair in map(scored, samples) for side in pair]
+    assert batch.input_ids.tolist() == [token for ids, _ in sequences for token in ids]
+    expected = [token if m else IGNORE_INDEX for ids, mask in sequences for token, m in zip([*ids[1:], 0], [*mask[1:], 0])]
+    assert batch.target.tolist() == expected
+    assert len(expected) - expected.count(IGNORE_INDEX) == sum(sample.num_targets for sample in samples)
+    assert len(batch.input_ids) == sum(sample.num_tokens for sample in samples)
+    assert [n for sample in samples for n in sample.scored] == torch.diff(batch.live_cu_seqlens).tolist()
 
 
 def test_every_plain_completion_ends_with_one_eos(tmp_path: Path) -> None:

@@ -81,8 +81,10 @@ def test_nulls_that_columnar_files_add_to_messages_are_left_out() -> None:
 def test_renamed_columns() -> None:
     example = parse({"question": "q", "good": "a", "bad": "b", "prompt": 7}, prompt="question", chosen="good", rejected="bad")
     assert turns(example) == {"prompt": "q", "chosen": "a", "rejected": "b"}
-    with pytest.raises(DataError, match="column 'good' is missing"):
+    with pytest.raises(DataError, match=r"column 'good' is missing \(columns: .*\); data.columns says that 'chosen' is there"):
         parse(PLAIN, chosen="good")
+    with pytest.raises(DataError, match=r"column 'wieght' is missing, but there is 'wight'; set data.columns {weight: wight}"):
+        parse({**PLAIN, "wight": 1}, weight="wieght")
     with pytest.raises(DataError, match="column 'question' is missing"):  # and not: the prompt is implicit
         parse(implicit := {"chosen": "ab", "rejected": "ac"}, prompt="question")
     assert parse(implicit).prompt == "a"
