@@ -1,0 +1,54 @@
+# One command each: `make demo`, `make test`. The first call builds .venv with the known-good set of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-all test-matrix gpu bench lint format clean
+
+help:
+	@echo "make demo         train a small model on generated preferences and open the report"
+	@echo "make test         lint, types and tests (under 20 minutes on 2 cores)"
+	@echo "make test-all     the same with the slow tests"
+	@echo "make test-matrix  tests on the oldest and the newest supported versions, in environments of their own"
+	@echo "make gpu          the tests marked gpu; PYTHON=... uses an existing interpreter without installing"
+	@echo "make bench        DPO against TRL on this machine, into bench/results/"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/fastalign demo --output demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY) lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-matrix: $(READY)
+	bash tests/matrix.sh
+
+gpu:
+	$(PYTHON) -m pytest -m gpu --rootdir . tests
+
+bench: $(READY)
+	$(BIN)/python -m bench dpo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-* build dist demo .pytest_cache .mypy_cache .ruff_cache
