@@ -99,11 +99,11 @@ def _train(name: str, argv: list[str]) -> int:
     if _wants_help(argv):
         return _print_help(config_class, f"fastalign {name} --model.path DIR --data.path FILE --output RUN [options]")
     flags = given_options(argv, config_class)
-    run = Path(flags.get("output") or "")
-    if flags.get("resume") and flags.get("output") and (run / "config.yaml").exists():
-        config = resume_config(argv, config_class, run)
-    elif flags.get("resume") and flags.get("output") and not ("model.path" in flags or any(word.startswith("--config") for word in argv)):
-        raise ConfigError(f"--resume: {run} has no config.yaml, so there is no run to resume; check --output")
+    resumed = Path(flags["output"]) if flags.get("resume") and flags.get("output") else None
+    if resumed and (resumed / "config.yaml").is_file():
+        config = resume_config(argv, config_class, resumed)
+    elif resumed and "model.path" not in flags and not any(word.startswith("--config") for word in argv):
+        raise ConfigError(f"--resume: {resumed} has no config.yaml, so there is no run to resume; check --output")
     else:
         config = parse(argv, config_class)
     _no_foreign_bars()

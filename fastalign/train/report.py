@@ -84,7 +84,7 @@ def _page(run: Path, train: Sequence[Row], evals: Sequence[Row], figures: dict[C
         else "<p>No step has been logged yet.</p>",
         _samples(run / "samples.jsonl"),
         _section("Metrics", _metrics_table(train, evals)) if train or evals else "",
-        _section("Data", _table(["", "rows"], _counts(run / "data.json"))) if (run / "data.json").is_file() else "",
+        _section("Data", _table(["", "rows"], _counts(run / "data.json"), numbers=True)) if (run / "data.json").is_file() else "",
         _section("Options", _table(["option", "value"], [(key, text_of(value)) for key, value in _flat(config)])) if config else "",
     ]
     sources = [str((config.get(section) or {}).get("path") or section) for section in ("model", "data")] if config else []
@@ -252,6 +252,7 @@ tbody tr:last-child td {{ border-bottom: 0; }}
 .wide td {{ white-space: pre-wrap; min-width: 11rem; }}
 footer {{ margin-top: 3rem; color: var(--soft); font-size: .85rem; }}
 @media print {{
+  :root {{ --ink: #1c2430; --soft: #5c6673; --line: #e1e5ea; --page: #ffffff; --card: #ffffff; color-scheme: light; }}
   body {{ max-width: none; padding: 0; background: #fff; }}
   .figures {{ grid-template-columns: 1fr 1fr; }} .scroll {{ overflow: visible; }} }}
 </style>
