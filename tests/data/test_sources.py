@@ -78,7 +78,17 @@ def test_parquet(tmp_path: Path) -> None:
     assert list(read_rows(path)) == [(f"{path}:row {i + 1}", row) for i, row in enumerate(ROWS)]
 
 
-def test_saved_data_sets_and_folders_of_files(tmp_path: Path) -> None:
+def test_a_folder_of_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS[:2]), folder / "test.parquet")
+    assert rows_of(str(folder)) == ROWS
+    assert rows_of(str(folder), split="test") == ROWS[:2]
+
+
+def test_saved_data_sets(tmp_path: Path) -> None:
     saved, splits = str(tmp_path / "saved"), str(tmp_path / "splits")
     datasets.Dataset.from_list(ROWS).save_to_disk(saved)
     assert rows_of(saved) == ROWS
