@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastalign import attention
-from fastalign.errors import ModelError
+from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import add_adapter, check_adapter_folder
 from fastalign.models.architecture import check_config, check_model
 from fastalign.models.config import LoraConfig, ModelConfig
@@ -130,6 +130,10 @@ def _base_of(adapter: str) -> str:
 
 def _device(name: str, model: nn.Module) -> torch.device:
     if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(f"model.device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
         return torch.device(name)
     return torch.device("cuda") if torch.cuda.is_available() else next(model.parameters()).device
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastalign.errors import ConfigError, DataError
 from fastalign.models.adapters import POLICY, has_adapter, reference_adapter
 from fastalign.models.fingerprint import model_fingerprint
-from fastalign.models.heads import head_spec
+from fastalign.models.heads import HeadSpec, head_spec
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.packing import collate, pack
 from fastalign.segments import segment_sum
@@ -83,11 +83,15 @@ def build_reference(model: Any, config: ReferenceOptions, data: ReferenceData, f
     raise ConfigError(f"reference must be auto, adapter, cache or copy, got {mode!r}")
 
 
-def sequence_logps(model: nn.Module, batch: PackedBatch, *, budget: int | None = None) -> Tensor:
-    """(S,) float32 log-probs of each sequence's completion under `model` as it stands, without gradient or dropout."""
+def sequence_logps(model: nn.Module, batch: PackedBatch, *, head: HeadSpec | None = None, budget: int | None = None) -> Tensor:
+    """(S,) float32 log-probs of each sequence's completion under `model` as it stands, without gradient or dropout.
+
+    `head` is `head_spec(model)`, for those who call this often.
+    """
+    head = head_spec(model) if head is None else head
     with evaluation(model):
         hidden = trunk(model, batch).hidden.index_select(0, batch.live)
-        logps = head_spec(model).logps(hidden, batch.live_target, live_rows=len(batch.live_target), budget=budget).logps
+        logps = head.logps(hidden, batch.live_target, live_rows=len(batch.live_target), budget=budget).logps
         return segment_sum(logps, batch.live_cu_seqlens).float()
 
 
@@ -98,10 +102,12 @@ class AdapterReference:
         if not has_adapter(model):
             raise ConfigError("reference=adapter needs an adapter: set lora.r, or use reference=cache or copy for full fine-tuning")
         self.model, self.budget = model, budget
+        with reference_adapter(model):
+            self.head = head_spec(model)
 
     def logps(self, batch: PackedBatch) -> Tensor:
         with reference_adapter(self.model):
-            return sequence_logps(self.model, batch, budget=self.budget)
+            return sequence_logps(self.model, batch, head=self.head, budget=self.budget)
 
 
 class CopyReference:
@@ -111,10 +117,11 @@ class CopyReference:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         if device is not None:
             self.model.to(device)
+        self.head = head_spec(self.model)
         self.device, self.budget = next(self.model.parameters()).device, budget
 
     def logps(self, batch: PackedBatch) -> Tensor:
-        return sequence_logps(self.model, batch.to(self.device), budget=self.budget).to(batch.input_ids.device)
+        return sequence_logps(self.model, batch.to(self.device), head=self.head, budget=self.budget).to(batch.input_ids.device)
 
 
 class CachedReference:
@@ -174,8 +181,9 @@ def _compute(model: Any, samples: Sequence[Sample], max_tokens: int, budget: int
     logps = torch.empty(starts[-1], dtype=torch.float32)
     off: AbstractContextManager[None] = reference_adapter(model) if has_adapter(model) else nullcontext()
     with off:
+        head = head_spec(model)
         for bin_ in pack([sample.num_tokens for sample in samples], max_tokens):
-            found = sequence_logps(model, collate([samples[i] for i in bin_]).to(device), budget=budget).cpu()
+            found = sequence_logps(model, collate([samples[i] for i in bin_]).to(device), head=head, budget=budget).cpu()
             places = [row for i in bin_ for row in range(starts[i], starts[i + 1])]
             logps[places] = found
     return logps

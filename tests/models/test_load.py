@@ -56,6 +56,11 @@ def test_stock_attention_inside_and_ours_again_outside(folder: Path) -> None:
     fused_logps(model, BATCH)
 
 
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"model.device 'abacus' cannot be used here"):
+        load_model(tiny_model("qwen3"), device="abacus")
+
+
 def test_no_such_folder() -> None:
     with pytest.raises(ModelError, match=r"model.path './nowhere': no such folder"):
         load_model("./nowhere")
