@@ -12,7 +12,7 @@ import random
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+COLOURS = {"helpful": "green", "dismissive": "red", "mixed": "yellow", "neither": "yellow"}
 OWN_FILES = ("model", "pairs.jsonl", "heldout.jsonl", "samples.jsonl", "run", "demo.json")
 
 
@@ -266,18 +267,20 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
     """One sampled answer per prompt, at temperature 1; the same random numbers on every call."""
     texts = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False)
+    generate: Any = model.generate
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=40, pad_token_id=tokenizer.pad_token_id)
+        ids = generate(**batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=40, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _show(console: Console, samples: list[dict[str, str]], before: Verdict, after: Verdict, summary: dict[str, Any]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("held-out question", "before", "after", title="sampled answers", show_lines=True)
-    for row in samples[:5]:
-        table.add_row(row["prompt"], row["before"], row["after"])
+    for row in samples[:6]:
+        table.add_row(row["prompt"], *(Text(row[when], style=COLOURS[demo_data.manner_of(row[when])]) for when in ("before", "after")))
     console.print(table)
 
     table = Table("held out: things never seen in training", "before", "after")
@@ -315,6 +318,6 @@ def _claim(folder: Path) -> Path:
     return folder
 
 
-def _share(truths: Any) -> float:
-    truths = list(truths)
-    return sum(truths) / len(truths)
+def _share(truths: Iterable[bool]) -> float:
+    answers = list(truths)
+    return sum(answers) / len(answers)

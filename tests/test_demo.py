@@ -1,0 +1,141 @@
+"""The demo: an honest split and an even start, files that a user can train on again, and the lift itself (slow)."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shlex
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastalign import demo, demo_data
+from fastalign.cli import main
+from fastalign.errors import ConfigError, OutputError
+
+TINY = demo.Size(hidden=32, layers=1, pretrain_steps=3, pretrain_batch=4, pairs=32, heldout=16, samples=4)
+NOISE = ("perf/", "mem/")
+
+
+@pytest.fixture(scope="module")
+def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    console = Console(file=io.StringIO(), width=140)
+    summary = demo.run("dpo", folder, size=TINY, console=console)
+    return folder, summary, console.file.getvalue()
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(NOISE)} for row in read(run / "metrics.jsonl")]
+
+
+def test_held_out_things_occur_in_no_training_text():
+    held_out = {f"{t.adjective} {t.noun}" for t in demo_data.things(held_out=True)}
+    known = {f"{t.adjective} {t.noun}" for t in demo_data.things(held_out=False)}
+    assert len(held_out) == 16
+    assert held_out.isdisjoint(known)
+    assert {word for t in held_out for word in t.split()} == {*demo_data.ADJECTIVES, *demo_data.NOUNS}, "every word is on both sides"
+    pretraining = [turn["content"] for turns in islice(demo_data.conversations(random.Random(1)), 4000) for turn in turns]
+    training = demo_data.pairs(random.Random(2), 1000, held_out=False, count_tokens=lambda text: 0)
+    texts = pretraining + [turn["content"] for row in training for turns in row.values() for turn in turns]
+    assert not [text for text in texts if any(thing in text for thing in held_out)]
+    asked = demo_data.pairs(random.Random(3), 100, held_out=True, count_tokens=lambda text: 0)
+    assert all(any(thing in row["prompt"][0]["content"] for thing in held_out) for row in asked)
+
+
+def test_pretraining_text_has_no_taste():
+    """The manners are equally frequent, and phrase k of either is as rare as phrase k of the other."""
+    answers = [turns[1]["content"] for turns in islice(demo_data.conversations(random.Random(0)), 8000)]
+    manners = [demo_data.manner_of(answer) for answer in answers]
+    assert set(manners) == {"helpful", "dismissive"}
+    assert manners.count("helpful") == pytest.approx(4000, abs=150)
+    for helpful, dismissive in zip(*(demo_data.CLOSERS[manner] for manner in ("helpful", "dismissive"))):
+        counts = [sum(phrase in answer for answer in answers) for phrase in (helpful, dismissive)]
+        assert counts[0] == pytest.approx(counts[1], rel=0.15)
+
+
+def test_pairs_prefer_the_helpful_answer_of_the_same_length():
+    tokenizer = demo.build_tokenizer(200)
+    training, heldout = demo.make_pairs(tokenizer, TINY)
+    assert (len(training), len(heldout)) == (32, 16)
+    for row in training + heldout:
+        chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
+        assert (demo_data.manner_of(chosen), demo_data.manner_of(rejected)) == ("helpful", "dismissive")
+        assert len(tokenizer(chosen)["input_ids"]) == len(tokenizer(rejected)["input_ids"])
+
+
+def test_manner_of_broken_text():
+    assert demo_data.manner_of("Well, lay the kite on a flat table and take your time. Do not ask me again.") == "mixed"
+    assert demo_data.manner_of("the the of kite") == "neither"
+
+
+def test_log_probs_of_the_verdict_are_those_of_single_sequences(tiny_demo):
+    """The batch is padded; one sequence at a time needs no padding."""
+    folder, _, _ = tiny_demo
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder / "model"), demo.load(folder / "model")
+    rows = read(folder / "heldout.jsonl")[:6]
+    batched = demo.sequence_logps(model, tokenizer, rows, "chosen")
+    for row, found in zip(rows, batched):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = torch.tensor([tokenizer.apply_chat_template(row["prompt"] + row["chosen"], return_dict=True)["input_ids"]])
+        with torch.no_grad():
+            logps = model(whole).logits[0, :-1].log_softmax(-1)
+        expected = logps.gather(1, whole[0, 1:, None])[len(prompt) - 1 :].sum()
+        assert whole[0, -1] == tokenizer.eos_token_id
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_output_folder_holds_what_a_user_needs_to_repeat_it(tiny_demo, tmp_path):
+    folder, summary, printed = tiny_demo
+    assert {path.name for path in folder.iterdir()} == set(demo.OWN_FILES)
+    assert len(read(folder / "samples.jsonl")) == TINY.samples
+    assert json.loads((folder / "demo.json").read_text()) == summary
+    assert summary["command"] in printed
+    assert summary["report"] in printed
+    assert Path(summary["report"]).is_file()
+    words = shlex.split(summary["command"])
+    assert words[0] == "fastalign"
+    assert main(words[1:]) == 0
+    again = metrics(folder / "again")
+    assert again == metrics(folder / "run"), "the printed command repeats the run exactly"
+    assert len([row for row in again if "loss" in row]) == 2
+
+
+def test_a_second_demo_replaces_the_first_and_is_equal(tiny_demo):
+    folder, summary, _ = tiny_demo
+    second = demo.run("dpo", folder, size=TINY, console=Console(file=io.StringIO()))
+    assert {k: v for k, v in second.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match=r"thesis\.tex.*choose another --output"):
+        demo.run("dpo", tmp_path, size=TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unknown_objective_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"'grpo'.*dpo"):
+        demo.run("grpo", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_lift(tmp_path):
+    """Held-out accuracy from about a half to nine tenths and more, and the samples follow."""
+    summary = demo.run("dpo", tmp_path / "demo", console=Console(file=io.StringIO()))
+    before, after = summary["before"], summary["after"]
+    assert 0.4 <= before["accuracy"] <= 0.6
+    assert 0.4 <= before["helpful"] <= 0.6
+    assert after["accuracy"] >= 0.9
+    assert after["helpful"] >= 0.75
+    assert after["on_topic"] >= 0.6
