@@ -54,11 +54,12 @@ class HeadSpec:
     ) -> Tensor:
         """`linear_loss` under this head; same options.
 
-        Where `weight` is trained and `weight.grad` exists already, its gradient is added there in place (option d_weight)
-        and the result must be differentiated with a gradient of 1.
+        Where `weight` is trained and its gradient's buffer exists already (`weight.main_grad` in float32, as an optimizer with
+        float32 copies of 16-bit weights has it, or `weight.grad`), its gradient is added there in place (option d_weight) and the
+        result must be differentiated with a gradient of 1.
         """
         if "d_weight" not in options and torch.is_grad_enabled() and self.weight.requires_grad and self.weight.is_leaf:
-            options["d_weight"] = self.weight.grad
+            options["d_weight"] = getattr(self.weight, "main_grad", self.weight.grad)
         return linear_loss(self._cast(hidden), self.weight, target, loss_fn, groups=groups, **self._options(hidden), **options)
 
     def _cast(self, hidden: Tensor) -> Tensor:

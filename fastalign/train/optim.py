@@ -128,8 +128,8 @@ def _accumulate_in_float32(weight: nn.Parameter, master: nn.Parameter) -> None:
     weight.main_grad = main_grad  # type: ignore[attr-defined]
 
     def move(p: Tensor) -> None:
-        assert p.grad is not None
-        main_grad.add_(p.grad)
-        p.grad = None
+        if p.grad is not None:  # None where all of it went into the buffer already
+            main_grad.add_(p.grad)
+            p.grad = None
 
     weight.register_post_accumulate_grad_hook(move)

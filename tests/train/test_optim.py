@@ -9,8 +9,13 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 
 from fastalign.errors import CheckpointError, ConfigError
+from fastalign.models.heads import head_spec
+from fastalign.models.load import load_model
+from fastalign.models.trunk import trunk
 from fastalign.objectives.base import RunConfig
+from fastalign.packing import collate
 from fastalign.train.optim import Optimizer, learning_rate
+from fastalign.types import Sample
 
 
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.25])
@@ -163,3 +168,29 @@ def test_nonfinite_gradients_are_named() -> None:
 
 def _module(*weights: nn.Parameter) -> nn.Module:
     return nn.ParameterList(weights)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_adds_its_gradient_to_the_float32_buffer(tied: bool) -> None:
+    """Two micro-batches through the head of a bfloat16 model: the accumulated gradient is float32 and equals the sum of the two."""
+    samples = [Sample(i, (5, 6 + i), ((7, 8, 1), (9 + i, 1))) for i in range(2)]
+
+    def gradient(plan: list[list[Sample]]) -> dict[str, torch.Tensor]:
+        model = load_model(tiny_model("qwen3", dtype=torch.bfloat16, tie_word_embeddings=tied))
+        head = head_spec(model)
+        optimizer = Optimizer(model, RunConfig(), head_weight=head.weight)
+        for members in plan:
+            batch = collate(members)
+            hidden = trunk(model, batch).hidden.index_select(0, batch.live)
+            head.loss(hidden, batch.live_target, lambda out, rows: -out.logps.sum()).backward()
+        assert head.weight.grad is None
+        return {name: p.grad.clone() for name, p in optimizer.updated.items() if p.grad is not None}
+
+    together, one, two = gradient([samples]), gradient([samples[:1]]), gradient([samples[1:]])
+    apart = gradient([samples[:1], samples[1:]])
+    for name, value in apart.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, one[name] + two[name], rtol=1e-6, atol=1e-6)
+        assert (value - together[name]).norm() <= 0.03 * together[name].norm(), name
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert together[name].bfloat16().float().ne(together[name]).any()  # it was not rounded to bfloat16 on its way

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_resume_bit_for_bit(inputs: Path, tmp_path: Path, kills: int) -> None:
     command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(inputs), str(tmp_path), str(kills)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}  # a tiny model needs no more
+    done = subprocess.run(command, capture_output=True, text=True, timeout=560, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     trials = report["trials"]
