@@ -149,23 +149,23 @@ def test_interrupt_then_resume_with_nothing_but_the_folder(tmp_path: Path, monke
     """Ctrl-C ends a run with a checkpoint and exit code 130; `--resume --output RUN` alone finishes it."""
     save_tiny(tmp_path / "my-model")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40)))
-    words = "dpo --model.path my-model --data.path pairs.jsonl --output run --batch_size 4 --max_steps 80 --metrics basic"
+    words = "dpo --model.path my-model --data.path pairs.jsonl --output run --batch_size 4 --max_steps 24 --metrics basic"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([*COMMAND, *words.split()], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=400)
     assert process.returncode == 130, error
     assert "continue with --resume" in error
     done = len(metrics.read_text().splitlines())
-    assert 0 < done < 80
+    assert 0 < done < 24
     assert not (tmp_path / "run" / "final").exists()
 
     monkeypatch.chdir(tmp_path)
     assert cli.main(["dpo", "--resume", "--output", "run"]) == 0
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 81))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 25))
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert (tmp_path / "run" / "final" / "README.md").exists()
     assert (tmp_path / "run" / "report.html").exists()
