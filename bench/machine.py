@@ -49,7 +49,8 @@ def describe(packages: list[str]) -> dict[str, str]:
     cpu = (
         f"{field('model name')} (family {field('cpu family')}, model {field('model')}), {os.cpu_count()} cores, {vector}, {memory:.0f} GiB"
     )
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    versions = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in packages)
     return {
         "machine": cpu,
         "system": platform.platform(),
