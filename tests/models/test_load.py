@@ -134,8 +134,8 @@ def test_what_is_saved_loads_in_transformers(family: str, tied: bool, tmp_path: 
     save_final(model, None, tmp_path)
     assert not any("fastalign" in file.read_text() for file in tmp_path.glob("*.json"))
     assert sorted(p.suffix for p in tmp_path.iterdir() if p.suffix != ".json") == [".safetensors"]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config._attn_implementation != "fastalign"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation != "fastalign"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")  # sdpa of 4.57 leaves Gemma's softcap out
     with torch.no_grad():
         torch.testing.assert_close(stock_logps(again, BATCH), stock_logps(stock_twin(family, tie_word_embeddings=tied), BATCH))
     assert again.generate(torch.tensor([[1, 2]]), max_new_tokens=2, pad_token_id=0).shape[1] > 2
