@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from safetensors import SafetensorError
 
 from fastalign.errors import OutputError
 
+logger = logging.getLogger("fastalign")
+
 MARK = "metrics.jsonl"  # the first file of a run: a folder that has it holds a run
+_LOCK = ".lock"  # held while a process trains; the kernel lets go of it when the process ends, however it ends
 TEMPORARY = ".writing-"  # begins the name of a folder that is still being written
 
 # What a run writes at the top of its folder; overwriting deletes these and nothing else. The mark goes last.
@@ -51,20 +55,29 @@ def claim(path: str | Path, *, resume: bool = False, overwrite: bool = False) ->
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        present = _content(path)
+        if present and MARK not in present:
+            shown = ", ".join(sorted(present)[:3])
+            raise OutputError(f"{path}: the folder holds files that are not a run's ({shown}); choose an empty or new --output")
+        handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise OutputError(f"{path}: cannot create the output folder ({_reason(error)}); choose another --output") from error
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path}: cannot write in the output folder ({_reason(error)}); choose another --output") from error
     try:
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise OutputError(f"{path}: the output folder is not writable; change its permissions or choose another --output")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{path}: another process is training in this folder; wait for it or choose another --output") from error
-        _check_content(path, resume=resume, overwrite=overwrite)
+        _lock(handle, path)
+    except OutputError:  # the folder is the other process's, empty or not
+        os.close(handle)
+        raise
+    try:
+        if MARK in _content(path) and not (resume or overwrite):
+            raise OutputError(
+                f"{path}: the folder holds another run; continue it with --resume, delete it with --overwrite, or choose another --output"
+            )
         yield RunFolder(path)
     finally:
-        if path.is_dir() and not any(path.iterdir()):
+        if path.is_dir() and not _content(path):
+            (path / _LOCK).unlink(missing_ok=True)
             path.rmdir()
         os.close(handle)
 
@@ -101,17 +114,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _check_content(path: Path, *, resume: bool, overwrite: bool) -> None:
-    entries = {entry.name for entry in path.iterdir()}
-    if not entries:
-        return
-    if MARK not in entries:
-        shown = ", ".join(sorted(entries)[:3])
-        raise OutputError(f"{path}: the folder holds files that are not a run's ({shown}); choose an empty or new --output")
-    if not (resume or overwrite):
-        raise OutputError(
-            f"{path}: the folder holds another run; continue it with --resume, delete it with --overwrite, or choose another --output"
-        )
+def _content(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()} - {_LOCK}
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{path}: another process is training in this folder; wait for it or choose another --output") from error
+    except OSError as error:
+        logger.warning("%s: this file system has no locks (%s); see to it that no other process trains here", path, _reason(error))
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ class _Run:
         elif config.resume:
             logger.warning("%s: no checkpoint to resume from; starting at the first step", folder.path)
         folder.begin(fresh=config.overwrite)
-        dump(config, folder.path / "config.yaml")
+        dump(replace(config, resume=False, overwrite=False), folder.path / "config.yaml")
         write_counts(folder.path, self.data)
         with writing(folder.path):
             self.objective = config.objective(self.model, self.data, folder.path)

@@ -41,7 +41,7 @@ def test_a_fresh_start_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
         assert (tmp_path / "checkpoints" / "step-000001").is_dir()
         assert (tmp_path / "metrics.jsonl").read_text() == "x"
         folder.begin(fresh=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "notes", "thesis.tex"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "notes", "thesis.tex"]
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -57,8 +57,9 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
     code = "import sys; from fastalign.train.folder import claim; claim(sys.argv[1], resume=True).__enter__()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with claim(tmp_path):
-        (tmp_path / "metrics.jsonl").write_text("")
         second = subprocess.run(command, capture_output=True, text=True)
+        assert tmp_path.exists()  # empty still, and not the second one's to remove
+        (tmp_path / "metrics.jsonl").write_text("")
         assert second.returncode == 1
         assert "another process is training in this folder" in second.stderr
     assert subprocess.run(command, capture_output=True).returncode == 0
@@ -67,14 +68,14 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
 def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(OutputError, match=rf"{path}: cannot create the output folder .*choose another --output"), claim(path):
+        with pytest.raises(OutputError, match=rf"{path}: cannot write in the output folder .*choose another --output"), claim(path):
             pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere; unproven here: the message for a read-only folder")
 def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="not writable"), claim(tmp_path):
+    with pytest.raises(OutputError, match="Permission denied"), claim(tmp_path):
         pass
 
 
@@ -96,3 +97,22 @@ def test_publish_replaces_whole_folders(tmp_path: Path) -> None:
     publish(new, old)
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
     assert [p.name for p in old.iterdir()] == ["new"]
+
+
+def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError), claim(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with claim(tmp_path / "run") as folder:
+        assert folder.path.is_dir()
+    assert "has no locks (No locks available)" in caplog.text

@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tied": {"model": {"tie_word_embeddings": True}},
     "ipo": {"config": {"loss_type": "ipo"}},
     "small head budget": {"config": {"logits_budget": 40 * 320 * 4}},  # a few rows of logits at a time
+    "gradient checkpointing": {"load": {"gradient_checkpointing": True}},
     "lora": {"lora": LoraConfig(r=4)},
     "lora with head": {"lora": LoraConfig(r=4, targets=["q_proj", "down_proj", "lm_head"])},
 }
@@ -67,7 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def gradient(case: str, plan: list[list[Sample]]) -> tuple[Tensor, dict[str, float]]:
     options = CASES[case]
-    model = load_model(tiny_model("qwen3", **options.get("model", {})), lora=options.get("lora"))
+    model = load_model(tiny_model("qwen3", **options.get("model", {})), lora=options.get("lora"), **options.get("load", {}))
     with torch.no_grad():  # a fresh adapter has B = 0, and then no gradient reaches A
         for seed, (name, p) in enumerate(model.named_parameters()):
             if "lora_" in name:
