@@ -11,6 +11,7 @@ import json
 import random
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -215,12 +216,12 @@ def align(folder: Path, size: Size) -> tuple[Path, str]:
         model=ModelConfig(path=str(model)),
         data=DataConfig(path=str(pairs), eval_path=str(heldout)),
         output=str(output),
-        overwrite=output.exists(),
         **options,
     )
     train(config)
     flags = {"model.path": model, "data.path": pairs, "data.eval_path": heldout, "output": folder / "again", **options}
-    command = "fastalign dpo " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    program = "fastalign" if shutil.which("fastalign") else f"{shlex.quote(sys.executable)} -m fastalign"
+    command = f"{program} dpo " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
     return output, command
 
 

@@ -104,8 +104,8 @@ def test_output_folder_holds_what_a_user_needs_to_repeat_it(tiny_demo, tmp_path)
     assert summary["report"] in printed
     assert Path(summary["report"]).is_file()
     words = shlex.split(summary["command"])
-    assert words[0] == "fastalign"
-    assert main(words[1:]) == 0
+    assert "fastalign" in words[: words.index("dpo")]
+    assert main(words[words.index("dpo") :]) == 0
     again = metrics(folder / "again")
     assert again == metrics(folder / "run"), "the printed command repeats the run exactly"
     assert len([row for row in again if "loss" in row]) == 2
