@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fastalign.models.adapters import POLICY, has_adapter
-from fastalign.models.trunk import causal_lm
+from fastalign.models.trunk import causal_lm, text_config
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,22 @@ def save_final(model: Any, tokenizer: Any, path: str | Path, *, merged: bool = F
         # Without save_embedding_layers=False an adapted lm_head would bring a copy of the base model's own head.
         model.save_pretrained(path, selected_adapters=[POLICY], save_embedding_layers=False)
     else:
+        if has_adapter(model):
+            _untie(causal)
         whole = model.merge_and_unload(adapter_names=[POLICY]) if has_adapter(model) else causal
         whole.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+
+
+def _untie(causal: Any) -> None:
+    """Give an adapted head a weight of its own: merged into a tied one, the adapter would change the embedding too."""
+    head, embedding = causal.get_output_embeddings(), causal.get_input_embeddings()
+    for owner in (getattr(head, "base_layer", None), getattr(head, "original_module", None)):
+        if owner is not None and owner.weight is embedding.weight:
+            owner.weight = nn.Parameter(owner.weight.detach().clone(), requires_grad=owner.weight.requires_grad)
+            causal.config.tie_word_embeddings = text_config(causal).tie_word_embeddings = False
+            causal.all_tied_weights_keys = {}  # what Transformers 5 leaves out of the file
 
 
 def _repair_generation_config(causal: Any) -> None:

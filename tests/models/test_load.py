@@ -176,9 +176,16 @@ def test_an_adapter_is_saved_as_one_and_loads_in_peft_and_here(trained: nn.Modul
     torch.testing.assert_close(fused_logps(load_model(tmp_path / "final"), BATCH).detach(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_can_be_merged_into_the_weights(trained: nn.Module, tmp_path: Path) -> None:
-    want = fused_logps(trained, BATCH).detach()
-    save_final(trained, None, tmp_path / "final", merged=True)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("head", [{"targets": ["all-linear", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=["head", "head in full"])
+def test_an_adapter_can_be_merged_into_the_weights(tied: bool, head: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = load_model(save_tiny(tmp_path / "base", tie_word_embeddings=tied), lora=LoraConfig(r=4, **head))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    want = fused_logps(model, BATCH).detach()
+    save_final(model, None, tmp_path / "final", merged=True)
     assert not (tmp_path / "final/adapter_config.json").exists()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     torch.testing.assert_close(stock_logps(stock, BATCH).detach(), want, rtol=1e-4, atol=1e-4)

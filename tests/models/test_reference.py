@@ -79,8 +79,10 @@ def test_the_reference_stays_while_the_policy_moves(mode: str, lora: bool, tmp_p
     assert model.training
 
 
-def test_a_fresh_adapter_equals_its_reference_bit_for_bit() -> None:
-    model = policy(lora=True)
+@pytest.mark.parametrize("extra", [{"targets": ["all-linear", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=["head", "head in full"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_fresh_adapter_equals_its_reference_bit_for_bit(extra: dict, tied: bool) -> None:
+    model = add_adapter(policy(tie_word_embeddings=tied), LoraConfig(r=4, dropout=0.5, **extra)).train()
     for batch in batches():
         assert torch.equal(AdapterReference(model).logps(batch), sequence_logps(model, batch))
 
