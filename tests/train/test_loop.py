@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import no_report
 from safetensors.torch import load_file
 from tiny import preference_rows, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +25,12 @@ from fastalign.errors import CheckpointError, ConfigError, FastalignError, Numer
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.objectives.dpo import DPO, DPOConfig
 from fastalign.train.metrics import read_metrics
+
+
+@pytest.fixture(autouse=True)
+def _report_in_one_test_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "writes_its_folder" not in request.node.name:
+        monkeypatch.setattr("fastalign.train.loop.write_report", no_report)
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,23 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import config, rows, weights
+from killing import config, no_report, rows, weights
 from tiny import preference_rows, save_tiny
 
 from fastalign import train
 from fastalign.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_report() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastalign.train.loop.write_report", no_report)
+        yield
 
 
 @pytest.fixture(scope="module")
