@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.head import rows_torch
 from fastalign.head.plan import Plan
-from fastalign.head.rows_torch import LogitMap
+from fastalign.head.rows import LogitMap, rows_of
 from fastalign.types import HeadOutput
 
 FIELDS = HeadOutput._fields
@@ -126,13 +125,13 @@ def score_slab(
     operands: Operands, plan: Plan, rows: slice, outputs: frozenset[str], scratch: Tensor
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Statistics of one slab, and its raw products if they were not tiled."""
-    target = operands.target[rows]
-    state = rows_torch.start(target.shape[0], outputs, dtype=operands.work_dtype, device=target.device)
+    target, kernels = operands.target[rows], rows_of(plan.impl)
+    state = kernels.start(target.shape[0], outputs, dtype=operands.work_dtype, device=target.device)
     tile = None
     for cols in slabs(operands.weight.shape[0], plan.tile_cols):
         tile = products(operands, rows, cols, scratch)
-        rows_torch.update(state, tile, target, cols.start, operands.logit_map(rows, cols))
-    return rows_torch.finish(state), None if plan.tiled else tile
+        kernels.update(state, tile, target, cols.start, operands.logit_map(rows, cols))
+    return kernels.finish(state), None if plan.tiled else tile
 
 
 def gradient_tiles(
@@ -145,20 +144,24 @@ def gradient_tiles(
     whole: Tensor | None = None,  # raw products of the slab, if at hand; overwritten
 ) -> Iterator[tuple[slice, Tensor]]:
     """The slab's dL/d(raw product), tile by tile, in the dtype of the gradient GEMMs."""
-    vocabulary = operands.weight.shape[0]
+    vocabulary, kernels = operands.weight.shape[0], rows_of(plan.impl)
+    narrow = operands.hidden.dtype if operands.hidden.device.type == "cuda" else operands.work_dtype  # of the gradient GEMMs
     for cols in slabs(vocabulary, vocabulary if whole is not None else plan.tile_cols):
         tile = whole if whole is not None else products(operands, rows, cols, scratch)
-        rows_torch.gradient_(
-            tile,
-            operands.target[rows],
-            cols.start,
-            operands.logit_map(rows, cols),
-            stats["lse"],
-            coefficients,
-            entropy=stats.get("entropy"),
-            vocabulary=vocabulary,
+        yield (
+            cols,
+            kernels.gradient_(
+                tile,
+                operands.target[rows],
+                cols.start,
+                operands.logit_map(rows, cols),
+                stats["lse"],
+                coefficients,
+                entropy=stats.get("entropy"),
+                vocabulary=vocabulary,
+                dtype=narrow,
+            ),
         )
-        yield cols, _narrow(tile, operands.hidden)
 
 
 def forward(
@@ -259,16 +262,6 @@ def _product_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
 
 def _chunk(columns: int, dtype: torch.dtype) -> int:
     return max(64, UPCAST_BYTES // max(1, columns * dtype.itemsize))
-
-
-def _narrow(tile: Tensor, like: Tensor) -> Tensor:
-    """The tile in the dtype of the gradient GEMMs, in its own storage: row r of the result begins where row r began."""
-    if like.dtype == tile.dtype or like.device.type != "cuda":
-        return tile
-    narrow = tile.view(like.dtype)[:, : tile.shape[1]]
-    for rows in slabs(tile.shape[0], max(1, (1 << 25) // max(1, tile.shape[1]))):
-        narrow[rows] = tile[rows].to(like.dtype)
-    return narrow
 
 
 def _store_products(operands: Operands, plan: Plan, rows: slice, tile: Tensor | None, scratch: Tensor, kept: Tensor) -> None:

@@ -1,52 +1,19 @@
-"""The row kernels in plain torch: the definition that every other implementation must equal.
+"""The row kernels in plain torch: the definition that every other implementation must equal (contract: `rows.py`).
 
-A tile is `x (R, C)`, columns `first : first + C` of the raw products `hidden @ weight.T` of R rows. The logits are
-
-    y = logit_scale (x + bias),   z = softcap tanh(y / softcap) / temperature   (without softcap: z = y / temperature)
-
-and every statistic is one of softmax(z). `update` sees the tiles of a row in any order and keeps online statistics;
-`finish` turns them into outputs; `gradient_` overwrites a tile by dL/dx. All arithmetic is in the dtype of the state
-(float32, or float64 for float64 inputs). Rows are handled in blocks that stay in cache, so the scratch is a few MiB.
+Rows are handled in blocks that stay in cache, so the scratch is a few MiB.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastalign.head.rows import LogitMap, RowState, is_one
+
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}  # per temporary: L2-sized on a CPU, launch-bound below this on a GPU
 LOWEST = torch.finfo(torch.float32).min  # stands for -inf where it is multiplied by a probability of 0
-
-
-@dataclass(frozen=True)
-class LogitMap:
-    """What lies between the raw products and the logits; `inv_temperature` is a number or (R,)."""
-
-    bias: Tensor | None = None  # (C,) of this tile
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    inv_temperature: float | Tensor = 1.0
-
-    @property
-    def is_identity(self) -> bool:
-        return self.bias is None and self.logit_scale == 1.0 and self.softcap is None and _is_one(self.inv_temperature)
-
-
-@dataclass
-class RowState:
-    """Online statistics of R rows, each (R,). `scale` is the running maximum m that the sums are relative to."""
-
-    outputs: frozenset[str]
-    target_logit: Tensor  # NaN until the tile that holds the target has been seen
-    m: Tensor  # max_v z_v
-    s: Tensor  # sum_v exp(z_v - m)
-    t: Tensor | None = None  # sum_v exp(z_v - m) (z_v - m), for the entropy
-    q: Tensor | None = None  # sum_v exp(2 (z_v - m))
-    z_sum: Tensor | None = None  # sum_v z_v
-    columns: int = 0
 
 
 def start(rows: int, outputs: frozenset[str], *, dtype: torch.dtype, device: torch.device) -> RowState:
@@ -120,8 +87,9 @@ def gradient_(
     *,
     entropy: Tensor | None,  # (R,), needed with an entropy coefficient
     vocabulary: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Overwrite the tile by dL/dx.
+    """dL/dx (R, C) in `dtype`, in the storage of the tile: row r of the result begins where row r of `x` began.
 
     dL/dz_v = c_logps (1[v = target] - p_v) + c_lse p_v - c_entropy p_v (log p_v + entropy) + c_mean / V
     """
@@ -129,6 +97,7 @@ def gradient_(
     c_entropy, c_mean = coefficients.get("entropy"), coefficients.get("mean_logits")
     c_p = c_lse if c_logps is None else -c_logps if c_lse is None else c_lse - c_logps  # the coefficient of p_v
     columns = x.shape[1]
+    result = x if dtype == x.dtype else x.view(dtype)[:, :columns]
     for rows in _blocks(x):
         block = x[rows]
         z = _logits(block, logits, rows, lse.dtype)
@@ -153,9 +122,11 @@ def gradient_(
             d.scatter_add_(1, at.clamp(0, columns - 1).unsqueeze(1), (c_logps[rows] * inside).unsqueeze(1))
         if slope is not None:
             d.mul_(slope)
-        if d.data_ptr() != block.data_ptr():
+        if dtype != x.dtype:
+            result[rows] = d.to(dtype)  # a copy first: the two overlap
+        elif d.data_ptr() != block.data_ptr():
             block.copy_(d)
-    return x
+    return result
 
 
 def _logits(x: Tensor, logits: LogitMap, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -168,14 +139,14 @@ def _logits(x: Tensor, logits: LogitMap, rows: slice, dtype: torch.dtype) -> Ten
         z.mul_(logits.logit_scale / logits.softcap).tanh_().mul_(logits.softcap)
     elif logits.logit_scale != 1.0:
         z.mul_(logits.logit_scale)
-    if not _is_one(logits.inv_temperature):
+    if not is_one(logits.inv_temperature):
         z.mul_(_per_row(logits.inv_temperature, rows))
     return z
 
 
 def _slope(z: Tensor, logits: LogitMap, rows: slice) -> Tensor | float | None:
     """dz/dx of a block, from z; None for 1."""
-    if logits.logit_scale == 1.0 and logits.softcap is None and _is_one(logits.inv_temperature):
+    if logits.logit_scale == 1.0 and logits.softcap is None and is_one(logits.inv_temperature):
         return None
     scale = logits.logit_scale * _per_row(logits.inv_temperature, rows)
     if logits.softcap is None:
@@ -186,10 +157,6 @@ def _slope(z: Tensor, logits: LogitMap, rows: slice) -> Tensor | float | None:
 
 def _per_row(value: float | Tensor, rows: slice) -> float | Tensor:
     return value[rows].unsqueeze(1) if isinstance(value, Tensor) else value
-
-
-def _is_one(value: float | Tensor) -> bool:
-    return not isinstance(value, Tensor) and value == 1.0
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
