@@ -126,7 +126,7 @@ BROKEN = {
     "array_in_jsonl": ("a.jsonl", json.dumps(ROWS), 1, "expected a JSON object with columns such as 'prompt', 'chosen', 'rejected', got a"),
     "number_in_jsonl": ("a.jsonl", LINES[0] + "\n7\n", 2, "got the number 7; write one object per row"),
     "key_twice": ("a.jsonl", '{"prompt": "a", "prompt": "b"}', 1, "key 'prompt' appears twice in one object; keep one"),
-    "huge_integer": ("a.jsonl", '{"weight": ' + "9" * 5000 + "}", 1, "not usable JSON: Exceeds the limit (4300 digits)"),
+    "huge_integer": ("a.jsonl", '{"weight": ' + "9" * 5000 + "}", 1, "not usable JSON: Exceeds the limit (4300"),
     "nested_too_deeply": ("a.jsonl", '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", 1, "nested too deeply"),
     "utf16": ("a.jsonl", LINES[0].encode("utf-16"), 1, "the file starts with a UTF-16 byte order mark; re-save it as UTF-8"),
     "latin1": ("a.jsonl", LINES[0].encode() + b'\n{"a": "caf\xe9"}', 2, f"not UTF-8: byte 0xe9 at offset {len(LINES[0]) + 11} of"),
