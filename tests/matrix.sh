@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Tests on the oldest and on the newest set of versions that pyproject.toml allows, each in an environment of its own:
 #   tests/matrix.sh [oldest] [newest]         (default: both; PYTEST_ARGS adds options, MATRIX_TESTS replaces the tests)
-# TRL is left out: no single version of it covers both sets. Its parity tests belong to `make test`.
+# TRL is left out: no single version of it covers both sets. The test files that compare with it belong to `make test`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=(pytest pytest-timeout pytest-benchmark hypothesis psutil)
 read -ra tests <<<"${MATRIX_TESTS:-tests fastalign}"
 read -ra extra <<<"${PYTEST_ARGS:-}"
+without_trl=(--ignore=tests/parity)
+while read -r file; do
+    without_trl+=("--ignore=$file")
+done < <(grep -lrE --include='*.py' '^ *(import|from) trl(_preprocessing)?\b' tests | sort)
 
 first_python() { # the first of the named interpreters that runs
     local name
@@ -36,7 +40,7 @@ import sys
 from importlib.metadata import version
 names = "torch transformers tokenizers safetensors peft datasets jsonargparse rich matplotlib numpy".split()
 print("  Python", sys.version.split()[0], *(f"{n} {version(n)}" for n in names), sep=", ")'
-    "$env/bin/python" -m pytest "${tests[@]}" -m "not slow and not gpu" --ignore=tests/parity "${extra[@]}"
+    "$env/bin/python" -m pytest "${tests[@]}" -m "not slow and not gpu" "${without_trl[@]}" "${extra[@]}"
 }
 
 for set in "${@:-oldest newest}"; do
