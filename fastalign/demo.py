@@ -13,7 +13,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,7 +87,8 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
         f"Qwen3 architecture, {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}; pretraining on "
         f"{size.pretrain_steps * size.pretrain_batch:,} generated conversations, half helpful, half dismissive"
     )
-    loss = pretrain(model, tokenizer, size, console)
+    with one_thread():
+        loss = pretrain(model, tokenizer, size, console)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     console.print(f"pretraining loss {loss:.2f} nats per token, {time.perf_counter() - started:.0f} s")
@@ -94,13 +96,15 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
     pairs, heldout = make_pairs(tokenizer, size)
     for name, rows in (("pairs.jsonl", pairs), ("heldout.jsonl", heldout)):
         (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    before, answers_before = judge(model, tokenizer, heldout, size)
+    with one_thread():
+        before, answers_before = judge(model, tokenizer, heldout, size)
 
     console.rule("[bold]2. DPO: helpful over dismissive")
     console.print(f"{len(pairs)} pairs; the {len(heldout)} held-out ones name things that occur in no training text")
     result, command = align(folder, size)
     aligned = load(result / "final")
-    after, answers_after = judge(aligned, tokenizer, heldout, size)
+    with one_thread():
+        after, answers_after = judge(aligned, tokenizer, heldout, size)
 
     console.rule("[bold]3. Before and after")
     samples = [
@@ -162,6 +166,20 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size) -> PreTrainedMod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Qwen3ForCausalLM(config)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain little from more cores, and threads that wait for each other cost a lot on a busy machine.
+
+    It also makes the pretrained weights independent of the number of cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, size: Size, console: Console) -> float:
