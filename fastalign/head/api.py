@@ -49,14 +49,15 @@ def linear_logps(
     d_weight        buffer to which the gradient of `weight` is added in place, usually `weight.grad`; autograd then gets no
                     gradient for `weight`, and no second (V, D) tensor exists
     live_rows       number of targets that are not `ignore_index`, if known: saves one device sync on CUDA
-    impl            "auto": torch rows. "torch", or "reference": materialised logits, for tests
+    impl            of the passes over logits between the GEMMs. "auto": "triton" on a CUDA or ROCm device if Triton is
+                    installed and hidden is not float64, else "torch". "reference": materialised logits, for tests
 
     Rows whose target is `ignore_index` never reach a GEMM, are 0 in every output, and may hold NaN; neither do rows whose
     incoming gradient is 0 reach a gradient GEMM (on CUDA counting them would sync, so there they do).
     Log-probs are float32 whatever the input dtype (float64 for float64). Results are bitwise reproducible.
 
     Raises ValueError when shapes, dtypes or devices do not fit, or, on a CPU, a target is outside the vocabulary (on CUDA
-    such a row's log-prob is NaN).
+    such a row's log-prob is NaN), or impl "triton" is asked of float64 or of a CPU; DependencyError where Triton is absent.
 
     >>> import torch
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)

@@ -16,14 +16,18 @@ tiles of `tile_cols` columns; `slab` and `frozen` then form the logits twice, wh
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from fastalign.errors import DependencyError
+
 SCHEDULES = ("none", "frozen", "slab", "keep", "recompute")
-IMPLEMENTATIONS = ("torch", "reference")
+IMPLEMENTATIONS = ("torch", "triton", "reference")
 MIN_ROWS = {"cpu": 64, "cuda": 1024}  # fewer rows make a GEMM re-read the weight for too little work
 MAX_ROWS = {"cpu": 1024, "cuda": 8192}  # more rows gain nothing
 MIB = 1 << 20
@@ -91,11 +95,13 @@ def make_plan(
     local_loss          the loss decomposes over row groups and is known while the slab is there (`linear_loss`)
     group_rows          rows of the largest group that a slab may not split
     grad_outputs        differentiable outputs that were asked for
+    impl                "auto": "triton" on a CUDA or ROCm device if Triton is installed and dtype is not float64, else "torch"
 
-    Raises ValueError for a schedule that cannot serve the request, naming one that can.
+    Raises ValueError for a schedule or implementation that cannot serve the request, naming one that can, and
+    DependencyError for impl "triton" without Triton.
     """
     device = torch.device(device)
-    impl = _choose_impl(impl)
+    impl = _choose_impl(impl, dtype, device)
     budget = default_budget(device) if budget is None else int(budget)
     if budget <= 0:
         raise ValueError(f"budget must be a positive number of bytes, got {budget}")
@@ -152,12 +158,29 @@ def explain(rows: int, vocabulary: int, hidden_size: int, **request: object) -> 
     return str(make_plan(rows, vocabulary, hidden_size, **request))  # type: ignore[arg-type]
 
 
-def _choose_impl(impl: str) -> str:
+def _choose_impl(impl: str, dtype: torch.dtype, device: torch.device) -> str:
     if impl == "auto":
-        return "torch"
+        return "triton" if device.type == "cuda" and dtype != torch.float64 and _has_triton() else "torch"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "triton":
+        if not _has_triton():
+            raise DependencyError(
+                "impl 'triton' needs Triton, which is not installed: pip install 'fastalign[triton]', or use impl='torch'"
+            )
+        if dtype == torch.float64:
+            raise ValueError("impl 'triton' computes in float32, but hidden is float64: use impl='torch'")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"impl 'triton' needs a CUDA or ROCm device, but hidden is on {device}: use impl='torch', "
+                "or set TRITON_INTERPRET=1 before the first use to interpret the kernels (slow, for tests)"
+            )
     return impl
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _check_schedule(schedule: str, *, hidden_grad: bool, head_grad: bool, local_loss: bool) -> None:

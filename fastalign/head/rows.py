@@ -70,6 +70,10 @@ class Rows(Protocol):
 
 def rows_of(impl: str) -> Rows:
     """The row kernels of a plan's implementation."""
+    if impl == "triton":
+        from fastalign.head import rows_triton
+
+        return cast(Rows, rows_triton)
     assert impl == "torch", impl
     from fastalign.head import rows_torch
 
