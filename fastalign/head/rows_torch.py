@@ -13,7 +13,7 @@ from torch import Tensor
 from fastalign.head.rows import LogitMap, RowState, is_one
 
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}  # per temporary: L2-sized on a CPU, launch-bound below this on a GPU
-LOWEST = torch.finfo(torch.float32).min  # stands for -inf where it is multiplied by a probability of 0
+LOWEST = -1e4  # stands for -inf where it is multiplied by a probability: exp(LOWEST) is 0, and coefficients times it are finite
 
 
 def start(rows: int, outputs: frozenset[str], *, dtype: torch.dtype, device: torch.device) -> RowState:
