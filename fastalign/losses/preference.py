@@ -107,7 +107,8 @@ def _log_ratios(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_reject
         "ref_rejected_logps": ref_rejected.shape,
     }
     if len(set(shapes.values())) != 1:
-        raise ValueError(f"preference losses take four log-prob tensors of one shape (P,), got {({k: tuple(v) for k, v in shapes.items()})}")
+        got = {name: tuple(shape) for name, shape in shapes.items()}
+        raise ValueError(f"preference losses take four log-prob tensors of one shape (P,), got {got}")
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
     return chosen - ref_chosen.detach(), rejected - ref_rejected.detach()
