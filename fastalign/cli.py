@@ -193,6 +193,7 @@ def _demo(argv: list[str]) -> int:
     if _wants_help(argv):
         return _print_help(DemoConfig, "fastalign demo [--output DIR]")
     config = parse(argv, DemoConfig)
+    _no_foreign_bars()
     import_module("fastalign.demo").run(config.objective, config.output)
     return 0
 
