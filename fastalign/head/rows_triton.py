@@ -17,16 +17,15 @@ from fastalign.head import rows_torch
 from fastalign.head.rows import LogitMap, RowState
 
 finish = rows_torch.finish  # some launches over (R,): nothing beside a pass over (R, C)
-
-LANES, DEPTH = 512, 4  # of the statistics: a thread of 4 warps owns 4 neighbouring lanes, 128 bits of float32
-BLOCK = 2048  # columns of the gradient at a time
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}  # fusion: the default until Triton 3.9, not after it
+WARPS, BLOCK = 4, 2048  # BLOCK: columns of a row at a time
+LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": True}  # fusion: the default until Triton 3.9, not after it
+ROCM = torch.version.hip is not None
 LOWEST = tl.constexpr(rows_torch.LOWEST)
 
 
 @triton.jit
 def tanh(y):
-    """Within 4 ulp of tanh, without the hardware's approximation (2^-11): Cephes tanhf below 0.625, exp above."""
+    """tanh to a few ulp (the hardware's own is good to 2^-11): Cephes tanhf below 0.625, exp above."""
     y2 = y * y
     poly = -5.70498872745e-3 * y2 + 2.06390887954e-2
     poly = (poly * y2 - 5.37397155531e-2) * y2 + 1.33314422036e-1
@@ -126,7 +125,7 @@ def statistics_kernel(
     tl.store(target_logit_ptr + row, hit, mask=here)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "vocabulary"])
 def gradient_kernel(
     x_ptr,  # (R, C) raw products
     d_ptr,  # (R, C) result: the memory of x, in the dtype of x or a narrower one
@@ -139,7 +138,7 @@ def gradient_kernel(
     inv_temperature_ptr,  # (R,) or None
     inner,
     outer,
-    inv_vocabulary,
+    vocabulary,  # V
     lse_ptr,  # (R,)
     entropy_ptr,  # (R,) or None, as all that follow
     c_logps_ptr,
@@ -178,12 +177,11 @@ def gradient_kernel(
         c_entropy = tl.load(c_entropy_ptr + row).to(tl.float32)
         entropy = tl.load(entropy_ptr + row)
     if c_mean_ptr is not None:
-        c_mean = tl.load(c_mean_ptr + row).to(tl.float32) * inv_vocabulary
+        c_mean = tl.load(c_mean_ptr + row).to(tl.float32) / vocabulary
 
     for start in range(0, columns, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        inside = cols < columns
-        u, z = load_logits(x_row, bias_ptr, cols, inside, inner, outer, CAPPED)
+        u, z = load_logits(x_row, bias_ptr, cols, cols < columns, inner, outer, CAPPED)
         if NARROW:
             block = start // BLOCK
             if (block & (block + 1)) == 0:
@@ -194,17 +192,23 @@ def gradient_kernel(
         p = tl.exp(log_p)
         d = c_p * p
         if c_entropy_ptr is not None:
-            d -= c_entropy * (p * (tl.maximum(log_p, LOWEST) + entropy))
+            d = (c_p - c_entropy * (tl.maximum(log_p, LOWEST) + entropy)) * p
         if c_mean_ptr is not None:
             d += c_mean
         if c_logps_ptr is not None:
             d += tl.where(cols == at, c_logps, 0.0)
         slope = outer * inner * (1.0 - u * u) if CAPPED else outer
-        tl.store(d_row + cols, (d * slope).to(d_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_row + cols, (d * slope).to(d_ptr.dtype.element_ty), mask=cols < columns)
+
+
+def lanes(itemsize: int, rocm: bool) -> dict[str, int]:
+    """Lanes of a row, so many that every thread owns neighbours of 128 bits and shares no lane: its statistics stay in registers."""
+    count = WARPS * (64 if rocm else 32) * (16 // itemsize)
+    return {"LANES": count, "DEPTH": BLOCK // count}
 
 
 def start(rows: int, outputs: frozenset[str], *, dtype: torch.dtype, device: torch.device) -> RowState:
-    """Statistics of zero columns, float32."""
+    """Statistics of zero columns."""
     if dtype != torch.float32:
         raise ValueError(f'the Triton row kernels compute in float32, got {dtype}: use impl="torch"')
     return rows_torch.start(rows, outputs, dtype=dtype, device=device)
@@ -230,8 +234,7 @@ def update(state: RowState, x: Tensor, target: Tensor, first: int, logits: Logit
                 state.q,
                 state.z_sum,
                 CAPPED=logits.softcap is not None,
-                LANES=LANES,
-                DEPTH=DEPTH,
+                **lanes(x.element_size(), ROCM),
                 **LAUNCH,
             )
     state.columns += columns
@@ -266,7 +269,7 @@ def gradient_(
                 first,
                 target.contiguous(),
                 *_map(logits),
-                1.0 / vocabulary,
+                vocabulary,
                 lse.contiguous(),
                 entropy.contiguous() if entropy is not None else None,
                 c.get("logps"),
@@ -276,17 +279,16 @@ def gradient_(
                 CAPPED=logits.softcap is not None,
                 NARROW=dtype.itemsize < x.dtype.itemsize,
                 BLOCK=BLOCK,
-                ROCM=torch.version.hip is not None,
+                ROCM=ROCM,
                 **LAUNCH,
             )
     return result
 
 
 def _check(x: Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f'the Triton row kernels take float32, bfloat16 or float16 tiles, got {x.dtype}: use impl="torch"')
-    if x.shape[1] > 1 and x.stride(1) != 1:
-        raise ValueError(f"the columns of a tile must be neighbours in memory, got strides {x.stride()}: make it contiguous")
+    apart = x.shape[1] > 1 and x.stride(1) != 1
+    if apart or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"a tile must be fp32, bf16 or fp16 with contiguous rows, got {x.dtype}, strides {x.stride()}: use impl='torch'")
 
 
 def _map(logits: LogitMap) -> tuple[Tensor | None, Tensor | None, float, float]:
