@@ -92,7 +92,7 @@ def statistics_kernel(
         inside = cols < columns
         _, z = load_logits(x_row, bias_ptr, cols, inside, inner, outer, CAPPED)
         if z_sum_ptr is not None:
-            z_sum += tl.sum(tl.where(inside, z, 0.0), 0)
+            z_sum += tl.sum(z, 0)  # z is 0 outside
         z = tl.where(inside, z, float("-inf"))
         new = tl.maximum(m, tl.max(z, 0))
         shift = tl.where(m == new, 0.0, m - new)  # (-inf) - (-inf) is no shift
@@ -183,8 +183,7 @@ def gradient_kernel(
         cols = start + tl.arange(0, BLOCK)
         u, z = load_logits(x_row, bias_ptr, cols, cols < columns, inner, outer, CAPPED)
         if NARROW:
-            block = start // BLOCK
-            if (block & (block + 1)) == 0:
+            if ((start // BLOCK) & (start // BLOCK + 1)) == 0:
                 if ROCM:
                     u = tl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v,0", [u], dtype=tl.float32, is_pure=False, pack=1)
                 tl.debug_barrier()
@@ -286,8 +285,7 @@ def gradient_(
 
 
 def _check(x: Tensor) -> None:
-    apart = x.shape[1] > 1 and x.stride(1) != 1
-    if apart or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"a tile must be fp32, bf16 or fp16 with contiguous rows, got {x.dtype}, strides {x.stride()}: use impl='torch'")
 
 
