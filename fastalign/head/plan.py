@@ -115,6 +115,8 @@ def make_plan(
     if slab_rows < min_rows:
         slab_rows = min_rows
         tile_cols = max(1, min(vocabulary, room // (min_rows * work)))
+        if 64 < tile_cols < vocabulary:
+            tile_cols -= tile_cols % 64  # rows of a tile begin on boundaries that wide loads need
         if tile_cols < vocabulary:
             reasons.append(f"{budget / MIB:.1f} MiB hold fewer than {min_rows} whole rows: slabs are cut into tiles of {tile_cols} columns")
     slab_rows = max(min_rows, min(slab_rows, MAX_ROWS.get(device.type, 1024), max(1, rows)))
