@@ -178,12 +178,12 @@ def gradient_kernel(
         entropy = tl.load(entropy_ptr + row)
     if c_mean_ptr is not None:
         c_mean = tl.load(c_mean_ptr + row).to(tl.float32) / vocabulary
-
     for start in range(0, columns, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         u, z = load_logits(x_row, bias_ptr, cols, cols < columns, inner, outer, CAPPED)
         if NARROW:
-            if ((start // BLOCK) & (start // BLOCK + 1)) == 0:
+            block = start // BLOCK
+            if (block & (block + 1)) == 0:
                 if ROCM:
                     u = tl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v,0", [u], dtype=tl.float32, is_pure=False, pack=1)
                 tl.debug_barrier()
