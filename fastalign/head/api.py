@@ -123,7 +123,7 @@ def linear_loss(
     >>> import torch
     >>> hidden, weight = torch.zeros(3, 4), torch.zeros(8, 4, requires_grad=True)
     >>> loss = linear_loss(hidden, weight, torch.tensor([1, 2, 3]), lambda out, rows: -out.logps.sum() / 3)
-    >>> round(float(loss), 4)
+    >>> round(loss.item(), 4)
     2.0794
     """
     call = Call.of(
