@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test test-all test-matrix gpu bench lint format clean
 
 help:
-	@echo "make demo         train a small model on generated preferences and open the report"
+	@echo "make demo         train a small model on generated preferences, show before and after, write a report"
 	@echo "make test         lint, types and tests (under 20 minutes on 2 cores)"
 	@echo "make test-all     the same with the slow tests"
 	@echo "make test-matrix  tests on the oldest and the newest supported versions, in environments of their own"

@@ -100,7 +100,7 @@ class RunConfig:
     metrics: Literal["full", "basic"] = "full"
     """basic leaves out entropy, logits/* and mean_token_accuracy, which need more work on every row of logits."""
     logits_budget: int | None = None
-    """Bytes of scratch for logits; null: measured from the free memory."""
+    """Bytes of scratch for logits; null: 2 % of the memory, as a power of two."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that is out of range or contradicts another one."""
