@@ -24,9 +24,8 @@ from fastalign.losses import PREFERENCE_LOSSES
 from fastalign.models.config import ModelConfig
 from fastalign.models.heads import head_spec
 from fastalign.models.load import load_model
-from fastalign.models.trunk import trunk
+from fastalign.models.reference import sequence_logps
 from fastalign.packing import collate, pack
-from fastalign.segments import segment_sum
 from fastalign.train.config import write_text
 from fastalign.train.step import check_lengths
 from fastalign.types import Sample
@@ -99,7 +98,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         ref_logps = completion_logps(_load_reference(config, reference), samples, config.max_tokens, label="reference")
     seconds = time.perf_counter() - started
 
-    lengths = torch.tensor([[max(1, len(c) - (not s.prompt)) for c in s.completions] for s in samples])
+    lengths = torch.tensor([s.scored for s in samples]).clamp(min=1)
     figures = measure(logps, ref_logps, lengths, beta=beta, loss_type=loss_type)
     result: dict[str, Any] = {"model": config.model.path, "reference": reference, "data": config.data.path, **figures}
     if reference:
@@ -160,14 +159,10 @@ def completion_logps(model: Any, samples: Sequence[Sample], max_tokens: int, *, 
 
     head, device = head_spec(model), next(model.parameters()).device
     result = torch.empty(len(samples), 2)
-    model.eval()
-    with torch.inference_mode():
-        bins = pack([sample.num_tokens for sample in samples], max_tokens)
-        for members in track(bins, label, console=Console(stderr=True), transient=True, disable=not (label and sys.stderr.isatty())):
-            batch = collate([samples[i] for i in members]).to(device)
-            hidden = trunk(model, batch).hidden.index_select(0, batch.live)
-            token_logps = head.logps(hidden, batch.live_target).logps
-            result[members] = segment_sum(token_logps, batch.live_cu_seqlens).view(-1, 2).cpu()
+    bins = pack([sample.num_tokens for sample in samples], max_tokens)
+    for members in track(bins, label, console=Console(stderr=True), transient=True, disable=not (label and sys.stderr.isatty())):
+        batch = collate([samples[i] for i in members]).to(device)
+        result[members] = sequence_logps(model, batch, head=head).view(-1, 2).cpu()
     return result
 
 
