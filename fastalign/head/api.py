@@ -79,13 +79,7 @@ def linear_logps(
         logit_scale,
         softcap,
     )
-    if impl == "reference":
-        return call.reference()
-    if torch.compiler.is_compiling():
-        return call.output(ops.traced(call, schedule=schedule, budget=budget, impl=impl))
-    live = call.live_index()
-    plan = call.plan(call.count(live), schedule=schedule, budget=budget, impl=impl)
-    return call.output(LinearLogps.apply(*call.tensors, live, call, plan))
+    return _score(call, schedule=schedule, budget=budget, impl=impl)
 
 
 def linear_loss(
@@ -143,25 +137,9 @@ def linear_loss(
     )
     bounds = group_bounds(groups, call.target.shape[0])
     if schedule not in ("auto", "slab") or impl == "reference" or torch.compiler.is_compiling():
-        out = linear_logps(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            call.target,
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            temperature=call.temperature,
-            ignore_index=ignore_index,
-            outputs=outputs,
-            differentiable=differentiable,
-            lora=None if lora is None else (lora[0].reshape(-1, lora[0].shape[-1]), lora[1]),
-            d_weight=d_weight,
-            live_rows=live_rows,
-            schedule="auto" if schedule == "slab" else schedule,
-            budget=budget,
-            impl=impl,
-        )
-        return loss_fn(out, slice(0, call.target.shape[0]))
+        out = _score(call, schedule="auto" if schedule == "slab" else schedule, budget=budget, impl=impl)
+        flat: dict[str, Any] = {name: x if x is None else x.reshape(-1) for name, x in out._asdict().items()}
+        return loss_fn(HeadOutput(**flat), slice(0, call.target.shape[0]))
     live = call.live_index()
     plan = call.plan(
         call.count(live),
@@ -215,3 +193,14 @@ def linear_cross_entropy(
         return token_loss(linear_logps(hidden, weight, target, **shared))
     count = (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1
     return linear_loss(hidden, weight, target, lambda out, rows: token_loss(out).sum() / count, **shared)
+
+
+def _score(call: Call, *, schedule: str, budget: int | None, impl: str) -> HeadOutput:
+    """The outputs of a checked call, with all rows differentiable at once."""
+    if impl == "reference":
+        return call.reference()
+    if torch.compiler.is_compiling():
+        return call.output(ops.traced(call, schedule=schedule, budget=budget, impl=impl))
+    live = call.live_index()
+    plan = call.plan(call.count(live), schedule=schedule, budget=budget, impl=impl)
+    return call.output(LinearLogps.apply(*call.tensors, live, call, plan))

@@ -146,11 +146,10 @@ def _run_slabs(
     cuts = _slab_cuts(rows, live, bounds, plan.slab_rows)
     longest = max((hi - lo for _, _, lo, hi in cuts), default=0)
     scratch = function.scratch_tile(operands, replace(plan, slab_rows=longest))
-    outputs = call.outputs | {"entropy"} if "entropy" in call.grad_outputs else call.outputs
     total: Tensor | None = None
     for first, last, lo, hi in cuts:
         at = slice(lo, hi)
-        found, tile = function.score_slab(operands, plan, at, outputs, scratch)
+        found, tile = function.score_slab(operands, plan, at, call.outputs, scratch)
         place = None if live is None else live[at] - first
         leaves = {name: spread(found[name], place, last - first) for name in FIELDS if name in call.outputs}
         if wants:
@@ -183,7 +182,7 @@ def _add_slab(
     """Add a slab's gradients; rows with no coefficient are dropped before the GEMMs."""
     index = nonzero_rows(coefficients)
     if coefficients and index is None:
-        grads.add(at, function.gradient_tiles(operands, plan, at, found, coefficients, scratch, tile))
+        grads.add(at, function.gradient_tiles(operands, plan, at, found, coefficients, scratch, whole=tile))
         return
     for rows in (grads.hidden, grads.u):
         if rows is not None:
@@ -195,7 +194,7 @@ def _add_slab(
     every = slice(0, index.shape[0])
     found, coefficients = ({name: x[index] for name, x in given.items()} for given in (found, coefficients))
     whole = None if tile is None else _compact_rows_(tile, index)
-    part.add(every, function.gradient_tiles(some, plan, every, found, coefficients, scratch, whole))
+    part.add(every, function.gradient_tiles(some, plan, every, found, coefficients, scratch, whole=whole))
     for mine, theirs in ((grads.hidden, part.hidden), (grads.u, part.u)):
         if mine is not None and theirs is not None:
             mine[at][index] = theirs

@@ -98,8 +98,7 @@ class Call:
         elif live_rows is not None:
             live = torch.nonzero_static(target != self.ignore_index, size=live_rows).squeeze(1)
         else:
-            live = torch.nonzero(target != self.ignore_index).squeeze(1)
-            live = None if live.shape[0] == target.shape[0] else live
+            live = live_index(target, self.ignore_index)
         if target.device.type == "cpu":
             vocabulary = self.tensors[1].shape[0]
             bad = (target != self.ignore_index) & ((target < 0) | (target >= vocabulary))
@@ -159,6 +158,12 @@ class Call:
         chosen = (x if name in self.outputs else None for name, x in zip(FIELDS, full))
         fields = [x if x is None or name in self.grad_outputs else x.detach() for name, x in zip(FIELDS, chosen)]
         return HeadOutput(*(x if x is None else x.view(self.shape) for x in fields))  # type: ignore[arg-type]
+
+
+def live_index(target: Tensor, ignore_index: int) -> Tensor | None:
+    """(n,) rows with a target, or None for all of them; one sync on a device."""
+    live = torch.nonzero(target != ignore_index).squeeze(1)
+    return None if live.shape[0] == target.shape[0] else live
 
 
 def _names(given: Sequence[str], allowed: Sequence[str], argument: str) -> list[str]:

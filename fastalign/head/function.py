@@ -122,14 +122,16 @@ def products(operands: Operands, rows: slice, cols: slice, scratch: Tensor) -> T
 
 
 def score_slab(
-    operands: Operands, plan: Plan, rows: slice, outputs: frozenset[str], scratch: Tensor
+    operands: Operands, plan: Plan, rows: slice, outputs: frozenset[str], scratch: Tensor, store: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Statistics of one slab, and its raw products if they were not tiled."""
+    """Statistics of one slab, and its raw products if they were not tiled; `store (R, V)` receives a copy of them."""
     target, kernels = operands.target[rows], rows_of(plan.impl)
     state = kernels.start(target.shape[0], outputs, dtype=operands.work_dtype, device=target.device)
     tile = None
     for cols in slabs(operands.weight.shape[0], plan.tile_cols):
         tile = products(operands, rows, cols, scratch)
+        if store is not None:
+            store[:, cols] = tile
         kernels.update(state, tile, target, cols.start, operands.logit_map(rows, cols))
     return kernels.finish(state), None if plan.tiled else tile
 
@@ -141,13 +143,21 @@ def gradient_tiles(
     stats: dict[str, Tensor],  # of these rows: lse, and entropy with an entropy coefficient
     coefficients: dict[str, Tensor],  # dL/d output of these rows
     scratch: Tensor,
+    *,
     whole: Tensor | None = None,  # raw products of the slab, if at hand; overwritten
+    kept: Tensor | None = None,  # raw products of all rows, if kept; copied
+    index: Tensor | None = None,  # (n,) rows of `kept`; None: all
 ) -> Iterator[tuple[slice, Tensor]]:
     """The slab's dL/d(raw product), tile by tile, in the dtype of the gradient GEMMs."""
     vocabulary, kernels = operands.weight.shape[0], rows_of(plan.impl)
     narrow = operands.hidden.dtype if operands.hidden.device.type == "cuda" else operands.work_dtype  # of the gradient GEMMs
     for cols in slabs(vocabulary, vocabulary if whole is not None else plan.tile_cols):
-        tile = whole if whole is not None else products(operands, rows, cols, scratch)
+        if whole is not None:
+            tile = whole
+        elif kept is not None:
+            tile = _copy_of(kept, rows, cols, index, scratch)
+        else:
+            tile = products(operands, rows, cols, scratch)
         yield (
             cols,
             kernels.gradient_(
@@ -183,22 +193,20 @@ def forward(
             kept_u = hidden.new_empty(len(grad_outputs), capacity, operands.u.shape[1])
     direct = plan.schedule == "keep" and not plan.tiled and kept.dtype == operands.work_dtype
     scratch = kept.view(-1) if direct else scratch_tile(operands, plan)
-    wanted = outputs | {"entropy"} if "entropy" in grad_outputs else outputs
     for rows in slabs(n, plan.slab_rows):
         room = kept[rows].view(-1) if direct else scratch
-        found, tile = score_slab(operands, plan, rows, wanted, room)
+        store = kept[rows] if plan.schedule == "keep" and not direct else None
+        found, tile = score_slab(operands, plan, rows, outputs, room, store)
         for name, value in found.items():
             stats[FIELDS.index(name), rows] = value.to(stats.dtype)
-        if plan.schedule == "keep" and not direct:
-            _store_products(operands, plan, rows, tile, scratch, kept)
-        elif plan.schedule == "frozen":
+        if plan.schedule == "frozen":
             for k, name in enumerate(grad_outputs):
                 last = k == len(grad_outputs) - 1
                 unit = {name: torch.ones_like(found["lse"])}
                 whole = tile if last or tile is None else tile.clone()
                 grads = Gradients(operands, (False,) * 5, None)
                 grads.hidden, grads.u = kept[k], kept_u[k] if operands.u is not None else None
-                grads.add(rows, gradient_tiles(operands, plan, rows, found, unit, scratch, whole))
+                grads.add(rows, gradient_tiles(operands, plan, rows, found, unit, scratch, whole=whole))
     return stats, kept, kept_u
 
 
@@ -216,14 +224,8 @@ def backward(
     for rows in slabs(operands.hidden.shape[0], plan.slab_rows):
         here = {k: v[rows] for k, v in stats.items()}
         c = {k: v[rows] for k, v in coefficients.items()}
-        whole = None
-        if plan.schedule == "keep" and not plan.tiled:
-            n, vocabulary = rows.stop - rows.start, kept.shape[1]
-            whole = scratch[: n * vocabulary].view(n, vocabulary)
-            for part in slabs(n, n if index is None else 16):
-                source = slice(rows.start + part.start, rows.start + part.stop)
-                whole[part] = kept[source if index is None else index[source]]
-        grads.add(rows, gradient_tiles(operands, plan, rows, here, c, scratch, whole))
+        source = kept if plan.schedule == "keep" else None
+        grads.add(rows, gradient_tiles(operands, plan, rows, here, c, scratch, kept=source, index=index))
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, work: torch.dtype) -> Tensor:
@@ -264,9 +266,11 @@ def _chunk(columns: int, dtype: torch.dtype) -> int:
     return max(64, UPCAST_BYTES // max(1, columns * dtype.itemsize))
 
 
-def _store_products(operands: Operands, plan: Plan, rows: slice, tile: Tensor | None, scratch: Tensor, kept: Tensor) -> None:
-    if tile is not None:
-        kept[rows] = tile
-        return
-    for cols in slabs(operands.weight.shape[0], plan.tile_cols):
-        kept[rows, cols] = products(operands, rows, cols, scratch)
+def _copy_of(kept: Tensor, rows: slice, cols: slice, index: Tensor | None, scratch: Tensor) -> Tensor:
+    """kept[rows, cols], or kept[index[rows], cols], in `scratch`; an index is followed some rows at a time, for it copies first."""
+    n, columns = rows.stop - rows.start, cols.stop - cols.start
+    tile = scratch[: n * columns].view(n, columns)
+    for part in slabs(n, max(1, n) if index is None else 16):
+        source = slice(rows.start + part.start, rows.start + part.stop)
+        tile[part] = kept[source if index is None else index[source], cols]
+    return tile

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastalign.head import function
 from fastalign.head.autograd import pull_back, spread
-from fastalign.head.call import Call
+from fastalign.head.call import Call, live_index
 from fastalign.head.function import FIELDS, Operands
 from fastalign.head.plan import Plan, make_plan
 
@@ -70,7 +70,7 @@ def linear_logps_op(
     operands = Operands(
         hidden, weight, target, bias, u, lora_weight, temperature if temperatures is None else temperatures, logit_scale, softcap
     )
-    live = _live(target, ignore_index)
+    live = live_index(target, ignore_index)
     n, wanted = hidden.shape[0] if live is None else live.shape[0], tuple(filter(None, grad_outputs.split(",")))
     plan = _plan(operands, n, schedule, budget, impl, len(wanted))
     some = operands.take(live)
@@ -137,7 +137,7 @@ def linear_logps_backward_op(
     operands = Operands(
         hidden, weight, target, bias, u, lora_weight, temperature if temperatures is None else temperatures, logit_scale, softcap
     )
-    live = _live(target, ignore_index)
+    live = live_index(target, ignore_index)
     wanted = [g for g in grad_outputs.split(",") if g]
     found, d_live = (stats, d_stats) if live is None else (stats[:, live], d_stats[:, live])
     plan = _plan(operands, found.shape[1], schedule, budget, impl, len(wanted))
@@ -195,11 +195,6 @@ def _backward(ctx: Any, d_stats: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
 
 
 linear_logps_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _live(target: Tensor, ignore_index: int) -> Tensor | None:
-    live = torch.nonzero(target != ignore_index).squeeze(1)
-    return None if live.shape[0] == target.shape[0] else live
 
 
 def _plan(operands: Operands, rows: int, schedule: str, budget: int | None, impl: str, grad_outputs: int) -> Plan:

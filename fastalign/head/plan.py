@@ -43,15 +43,11 @@ class Plan:
     budget: int
     slab_rows: int
     tile_cols: int
+    tiled: bool  # a slab is cut over the vocabulary as well
     nvd: int
     scratch: int
     kept: int
     reasons: tuple[str, ...]
-
-    @property
-    def tiled(self) -> bool:
-        """Whether a slab is cut over the vocabulary as well."""
-        return any("tiles" in r for r in self.reasons)
 
     def __str__(self) -> str:
         head = f"schedule {self.schedule}, impl {self.impl}: {self.nvd} NVD"
@@ -146,7 +142,9 @@ def make_plan(
     gemms["recompute"] = 2 + hidden_grad + head_grad
     nvd = 2 * (gemms[schedule] + (tiled and schedule in ("frozen", "slab")))
     kept = {"frozen": rows * hidden_size * dtype.itemsize * grad_outputs, "keep": logits_bytes}.get(schedule, rows * 4)
-    return Plan(schedule, impl, budget, slab_rows, tile_cols, nvd, scratch, 0 if schedule in ("none", "slab") else kept, tuple(reasons))
+    return Plan(
+        schedule, impl, budget, slab_rows, tile_cols, tiled, nvd, scratch, 0 if schedule in ("none", "slab") else kept, tuple(reasons)
+    )
 
 
 def explain(rows: int, vocabulary: int, hidden_size: int, **request: object) -> str:

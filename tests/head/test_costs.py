@@ -83,6 +83,13 @@ def test_vocabulary_tiles_of_a_slab_cost_two_more():
     assert plan.make_plan(N, V, D, local_loss=True, budget=budget).nvd == 8
 
 
+def test_vocabulary_tiles_of_kept_logits_cost_nothing_more():
+    p = problem()
+    request = {"schedule": "keep", "budget": V * 4 * 16}
+    assert plan.make_plan(N, V, D, **request).tiled
+    assert flops(lambda: p.loss(linear_logps(p.hidden, p.weight, p.target, **request)).backward()) == 6
+
+
 MEASURE = """
     import sys, torch, fastalign
     n, v, d, budget = {n}, {v}, {d}, {budget}
