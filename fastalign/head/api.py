@@ -31,6 +31,7 @@ def linear_logps(
     lora: tuple[Tensor, Tensor] | None = None,  # u (..., r) and B (V, r); gradient in both
     d_weight: Tensor | None = None,  # (V, D) float32 or dtype of weight
     live_rows: int | None = None,
+    active: Tensor | None = None,  # (...) bool, on the CPU
     schedule: str = "auto",
     budget: int | None = None,
     impl: str = "auto",
@@ -49,11 +50,13 @@ def linear_logps(
     d_weight        buffer to which the gradient of `weight` is added in place, usually `weight.grad`; autograd then gets no
                     gradient for `weight`, and no second (V, D) tensor exists
     live_rows       number of targets that are not `ignore_index`, if known: saves one device sync on CUDA
+    active          rows whose incoming gradient may be other than 0, such as the tokens with a non-zero advantage; the others
+                    reach no gradient GEMM. On a CPU such rows are found without it; on CUDA finding them would sync
     impl            of the passes over logits between the GEMMs. "auto": "triton" on a CUDA or ROCm device if Triton is
                     installed and hidden is not float64, else "torch". "reference": materialised logits, for tests
 
     Rows whose target is `ignore_index` never reach a GEMM, are 0 in every output, and may hold NaN; neither do rows whose
-    incoming gradient is 0 reach a gradient GEMM (on CUDA counting them would sync, so there they do).
+    incoming gradient is 0 reach a gradient GEMM (on CUDA: those that `active` names).
     Log-probs are float32 whatever the input dtype (float64 for float64). Results are bitwise reproducible.
 
     Raises ValueError when shapes, dtypes or devices do not fit, or, on a CPU, a target is outside the vocabulary (on CUDA
@@ -76,6 +79,7 @@ def linear_logps(
         differentiable,
         d_weight,
         live_rows,
+        active,
         logit_scale,
         softcap,
     )
@@ -99,6 +103,7 @@ def linear_loss(
     lora: tuple[Tensor, Tensor] | None = None,
     d_weight: Tensor | None = None,
     live_rows: int | None = None,
+    active: Tensor | None = None,  # (...) bool, on the CPU
     schedule: str = "auto",
     budget: int | None = None,
     impl: str = "auto",
@@ -132,6 +137,7 @@ def linear_loss(
         differentiable,
         d_weight,
         live_rows,
+        active,
         logit_scale,
         softcap,
     )

@@ -51,7 +51,9 @@ class LinearLogps(torch.autograd.Function):
         d_live = d_stats if ctx.live is None else d_stats.index_select(1, ctx.live)
         coefficients = {name: d_live[FIELDS.index(name)] for name in ctx.call.grad_outputs}
         with _no_autocast(hidden):
-            grads = pull_back(operands, ctx.plan, ctx.live, found, coefficients, kept, kept_u, ctx.needs_input_grad[:5], ctx.call.d_weight)
+            active = ctx.call.active_rows(ctx.live)
+            needs, d_weight = ctx.needs_input_grad[:5], ctx.call.d_weight
+            grads = pull_back(operands, ctx.plan, ctx.live, found, coefficients, kept, kept_u, needs, d_weight, active)
         return (*grads, None, None, None)
 
 
@@ -110,6 +112,7 @@ def pull_back(
     kept_u: Tensor,
     needs: Sequence[bool],  # hidden, weight, bias, u, B
     d_weight: Tensor | None,
+    active: Tensor | None = None,  # (a,) rows of the n whose coefficients may be other than 0, on the host
 ) -> OperandGrads:
     """Gradients of the operands under `frozen`, `keep` or `recompute`; rows without a coefficient never reach a GEMM."""
     rows, n = everything.hidden.shape[0], found.shape[1]
@@ -118,7 +121,7 @@ def pull_back(
         d_hidden, d_u = ((k[:, :n] * scale).sum(0).to(k.dtype) if need else None for k, need in ((kept, needs[0]), (kept_u, needs[3])))
         return spread(d_hidden, live, rows), None, None, spread(d_u, live, rows), None
 
-    index = nonzero_rows(coefficients)
+    index = gradient_rows(coefficients, active)
     if index is not None:
         live = index if live is None else live[index]
         found = found[:, index]
@@ -142,6 +145,7 @@ def _run_slabs(
     rows = call.target.shape[0]
     operands = everything.take(live)
     wants = plan.schedule == "slab"
+    active = call.active_rows(live)
     grads = Gradients(operands, needs, call.d_weight if wants else None)
     cuts = _slab_cuts(rows, live, bounds, plan.slab_rows)
     longest = max((hi - lo for _, _, lo, hi in cuts), default=0)
@@ -162,7 +166,8 @@ def _run_slabs(
         if wants and loss.requires_grad:
             slopes = torch.autograd.grad(loss, [leaves[n] for n in call.grad_outputs], allow_unused=True)
             coefficients = {n: g if place is None else g[place] for n, g in zip(call.grad_outputs, slopes) if g is not None}
-        _add_slab(grads, operands, plan, at, found, coefficients, scratch, tile)
+        here = None if active is None else active[slice(*torch.searchsorted(active, torch.tensor([lo, hi])).tolist())] - lo
+        _add_slab(grads, operands, plan, at, found, coefficients, scratch, tile, here)
     if total is None:  # no rows at all
         nothing = operands.hidden.new_zeros(0, dtype=operands.work_dtype)
         total = loss_fn(HeadOutput(**dict.fromkeys(call.outputs, nothing)), slice(0, 0)).detach()
@@ -178,9 +183,10 @@ def _add_slab(
     coefficients: dict[str, Tensor],
     scratch: Tensor,
     tile: Tensor | None,
+    active: Tensor | None,  # (a,) rows of the slab, on the host
 ) -> None:
     """Add a slab's gradients; rows with no coefficient are dropped before the GEMMs."""
-    index = nonzero_rows(coefficients)
+    index = gradient_rows(coefficients, active)
     if coefficients and index is None:
         grads.add(at, function.gradient_tiles(operands, plan, at, found, coefficients, scratch, whole=tile))
         return
@@ -207,13 +213,26 @@ def _compact_rows_(tile: Tensor, index: Tensor) -> Tensor:
     return tile[: index.shape[0]]
 
 
-def nonzero_rows(coefficients: dict[str, Tensor]) -> Tensor | None:
-    """Rows with any coefficient, or None for all; on a device the count would be a sync, so there it is all."""
+def gradient_rows(coefficients: dict[str, Tensor], active: Tensor | None) -> Tensor | None:
+    """Rows that the gradient GEMMs need, or None for all: the `active` ones, else those with any coefficient.
+
+    On a device counting coefficients would be a sync, so there it is all. A row outside `active` with a coefficient is an
+    error, on a device at the next sync.
+    """
     some = next(iter(coefficients.values()), None)
-    if some is None or some.device.type != "cpu":
+    if some is None or (active is None and some.device.type != "cpu"):
         return None
     mask = torch.stack([c != 0 for c in coefficients.values()]).any(0)
-    return None if mask.all() else mask.nonzero().squeeze(1)
+    if active is None:
+        return None if mask.all() else mask.nonzero().squeeze(1)
+    index = (active.pin_memory() if some.is_cuda else active).to(some.device, non_blocking=True)
+    lost = mask.index_fill(0, index, False).any()
+    if some.is_cuda:
+        torch._assert_async(~lost, "a row outside `active` has a gradient")
+    elif lost:
+        row = int(mask.index_fill(0, index, False).nonzero()[0])
+        raise ValueError(f"active leaves out live row {row}, but the loss gives it a gradient: name it in active, or drop active")
+    return None if index.shape[0] == some.shape[0] else index
 
 
 def _full_size(grads: Gradients, everything: Operands, live: Tensor | None, needs: Sequence[bool], d_weight: Tensor | None) -> OperandGrads:

@@ -30,6 +30,7 @@ class Call:
     grad_outputs: tuple[str, ...]
     d_weight: Tensor | None
     live_rows: int | None
+    active: Tensor | None  # (N,) bool, on the host
     hidden_grad: bool
     head_grad: bool
     logit_scale: float
@@ -48,6 +49,7 @@ class Call:
         differentiable: Sequence[str],
         d_weight: Tensor | None,
         live_rows: int | None,
+        active: Tensor | None,
         logit_scale: float,
         softcap: float | None,
     ) -> Call:
@@ -63,6 +65,11 @@ class Call:
             temperature = temperature.detach().to(hidden.device).expand(target.shape).reshape(-1)
         elif not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        if active is not None and (active.shape != target.shape or active.dtype != torch.bool or active.device.type != "cpu"):
+            raise ValueError(
+                f"active must be bool of the shape of target {tuple(target.shape)} on the CPU, "
+                f"got {active.dtype} {tuple(active.shape)} on {active.device}"
+            )
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap must be positive or None, got {softcap}")
         enabled = torch.is_grad_enabled() and bool(grads)
@@ -80,6 +87,7 @@ class Call:
             grad_outputs=grads,
             d_weight=d_weight,
             live_rows=live_rows,
+            active=None if active is None else active.reshape(-1),
             hidden_grad=enabled and (hidden.requires_grad or (u is not None and u.requires_grad)),
             head_grad=head_grad or d_weight is not None,
             logit_scale=float(logit_scale),
@@ -109,6 +117,13 @@ class Call:
                     f"rows without a target take ignore_index = {self.ignore_index}"
                 )
         return live
+
+    def active_rows(self, live: Tensor | None) -> Tensor | None:
+        """(a,) rising positions among the live rows of those whose gradient may be other than 0, on the host; None: any may."""
+        if self.active is None:
+            return None
+        active = self.active if live is None else self.active[live.cpu()]
+        return active.nonzero().squeeze(1)
 
     def count(self, live: Tensor | None) -> int:
         return self.target.shape[0] if live is None else live.shape[0]

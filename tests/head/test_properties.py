@@ -188,6 +188,50 @@ def test_known_number_of_live_rows_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(problem.gradients(live_rows=live), problem.gradients()))
 
 
+def _half_without_coefficient():
+    problem = make(terms=("logps",))
+    problem.coefficients["logps"][::2] = 0
+    active = (problem.coefficients["logps"] != 0) & (problem.target != -100)
+    return problem, active
+
+
+@pytest.mark.parametrize("schedule", ["slab", "keep", "recompute", "frozen"])
+def test_naming_the_active_rows_changes_nothing(schedule):
+    problem, active = _half_without_coefficient()
+    if schedule == "frozen":
+        problem.weight.requires_grad_(False)
+
+    def gradients(**options):
+        if schedule == "slab":
+            loss = linear_loss(problem.hidden, problem.weight, problem.target, problem.loss, budget=90000, **options)
+        else:
+            loss = problem.loss(linear_logps(problem.hidden, problem.weight, problem.target, schedule=schedule, budget=90000, **options))
+        return torch.autograd.grad(loss, problem.leaves)
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(active=active), gradients()))
+
+
+@pytest.mark.parametrize("schedule", ["slab", "keep", "recompute"])
+def test_an_inactive_row_with_a_gradient_is_an_error(schedule):
+    problem, active = _half_without_coefficient()
+    active[active.nonzero()[0]] = False
+
+    def run():
+        if schedule == "slab":
+            return linear_loss(problem.hidden, problem.weight, problem.target, problem.loss, active=active)
+        problem.loss(linear_logps(problem.hidden, problem.weight, problem.target, schedule=schedule, active=active)).backward()
+
+    with pytest.raises(ValueError, match="active leaves out live row"):
+        run()
+
+
+def test_active_must_match_the_target():
+    problem, active = _half_without_coefficient()
+    for wrong in (active[1:], active.float()):
+        with pytest.raises(ValueError, match="active must be bool of the shape of target"):
+            linear_logps(problem.hidden, problem.weight, problem.target, active=wrong)
+
+
 def test_autocast_is_not_entered():
     problem = make()
     plain = linear_logps(problem.hidden, problem.weight, problem.target).logps
