@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, compress, zip_longest
 
 import torch
 
@@ -57,7 +57,8 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     """The sequences of `samples` (sample by sample, completion by completion) as one packed batch of CPU tensors.
 
     Row i predicts token i+1 of its own sequence; the scored rows (`live`) are those whose next token belongs to the
-    completion. The first token of a sequence with an empty prompt has nothing before it and is not scored.
+    completion and is not masked. The first token of a sequence with an empty prompt has nothing before it and is not
+    scored. Either all samples have labels or none has.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -65,22 +66,29 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     lengths: list[int] = []
     live_lengths: list[int] = []
     for sample in samples:
-        for prompt, completion in zip(sample.contexts, sample.completions):
+        for prompt, completion, mask in zip_longest(sample.contexts, sample.completions, sample.masks):
             start = len(tokens)
             length = len(prompt) + len(completion)
             first = max(len(prompt) - 1, 0)  # the row that predicts the first scored token
             tokens += prompt
             tokens += completion
             positions += range(length)
-            live += range(start + first, start + length - 1)
+            rows: Sequence[int] = range(start + first, start + length - 1)
+            if mask is not None:
+                assert len(mask) == len(completion), "a mask has one entry per completion token"
+                rows = list(compress(rows, mask[len(mask) - len(rows) :]))
+            scored_before = len(live)
+            live += rows
             lengths.append(length)
-            live_lengths.append(max(length - 1 - first, 0))
+            live_lengths.append(len(live) - scored_before)
 
     input_ids = torch.tensor(tokens, dtype=torch.int64)
     live_rows = torch.tensor(live, dtype=torch.int64)
     live_target = input_ids[live_rows + 1]
     target = torch.full_like(input_ids, IGNORE_INDEX)
     target[live_rows] = live_target
+    labels = list(chain.from_iterable(sample.labels for sample in samples))
+    assert len(labels) in (0, len(lengths)), "labels: one number per completion in every sample, or none in any"
     bounds = (0, *accumulate(lengths))
     live_bounds = (0, *accumulate(live_lengths))
     return PackedBatch(
@@ -97,4 +105,6 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
         index=tuple(sample.index for sample in samples),
         completions=tuple(len(sample.completions) for sample in samples),
         weight=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
+        margin=torch.tensor([sample.margin for sample in samples], dtype=torch.float32),
+        labels=torch.tensor(labels, dtype=torch.float32) if labels else None,
     )

@@ -42,6 +42,10 @@ class Sample:
 
     `skip` says how many of the prompt's first tokens each sequence leaves out; () is none. It differs between the
     sequences of a pair when each is cut from its start to the same length.
+
+    `labels` holds one number per completion: 1 for a desirable and 0 for an undesirable one, or the scores of a ranking
+    (higher is better); () is none. `margin` is by how much the first completion should win. `masks` says of every
+    completion token whether it is scored (True); () is all of them.
     """
 
     index: int
@@ -49,6 +53,9 @@ class Sample:
     completions: tuple[tuple[int, ...], ...]
     weight: float = 1.0
     skip: tuple[int, ...] = ()
+    labels: tuple[float, ...] = ()
+    margin: float = 0.0
+    masks: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def contexts(self) -> tuple[tuple[int, ...], ...]:
@@ -64,8 +71,11 @@ class Sample:
 
     @property
     def scored(self) -> tuple[int, ...]:
-        """Scored tokens of each sequence: its completion, less the first token when nothing comes before it."""
-        return tuple(max(0, len(c) - (not context)) for c, context in zip(self.completions, self.contexts))
+        """Scored tokens of each sequence: those of its completion that `masks` keeps, without a first token that nothing precedes."""
+        firsts = [int(not context) for context in self.contexts]
+        if self.masks:
+            return tuple(sum(mask[first:]) for mask, first in zip(self.masks, firsts))
+        return tuple(max(0, len(c) - first) for c, first in zip(self.completions, firsts))
 
     @property
     def num_targets(self) -> int:
@@ -77,8 +87,8 @@ class Sample:
 class PackedBatch:
     """Sequences laid end to end, without padding.
 
-    Row i of the trunk's output predicts `target[i]`; `target` is IGNORE_INDEX on prompts and on every last token. The
-    `live` rows are those with a target, in order; only they need to reach the head.
+    Row i of the trunk's output predicts `target[i]`; `target` is IGNORE_INDEX before what is not scored (prompts, masked
+    tokens) and on every last token. The `live` rows are those with a target, in order; only they need to reach the head.
     """
 
     input_ids: Tensor  # (N,) int64
@@ -94,6 +104,8 @@ class PackedBatch:
     index: tuple[int, ...]  # (B,) data-set row of each sample
     completions: tuple[int, ...]  # (B,) sequences of each sample, in order
     weight: Tensor  # (B,) float32
+    margin: Tensor  # (B,) float32
+    labels: Tensor | None = None  # (S,) float32, one number per sequence; None when the samples have no labels
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""

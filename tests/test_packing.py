@@ -87,5 +87,37 @@ def test_collate_is_consistent_with_its_own_fields_and_with_the_samples() -> Non
 
 def test_collate_of_nothing() -> None:
     batch = collate([])
-    assert batch.input_ids.shape == batch.live.shape == (0,)
+    assert batch.input_ids.shape == batch.live.shape == batch.margin.shape == (0,)
     assert batch.bounds == (0,)
+    assert batch.labels is None
+
+
+def test_masked_tokens_are_read_but_not_scored() -> None:
+    on, off = True, False
+    samples = [
+        Sample(0, (1, 2), ((3, 4, 5, 6), (7, 8)), masks=((off, on, off, on), (on, on))),
+        Sample(1, (), ((3, 4, 5), (6,)), masks=((on, off, on), (on,))),  # the first token has nothing before it
+        Sample(2, (9, 8), ((3,), (4, 5)), skip=(2, 1), masks=((on,), (off, off))),
+        Sample(3, (1,), ((2, 3),)),
+    ]
+    batch = collate(samples)
+    none = IGNORE_INDEX
+    expected = [none, none, 4, none, 6, none, none, 7, 8, none, none, 5, none, none, none, none, none, none, 2, 3, none]
+    assert batch.target.tolist() == expected
+    assert [sample.scored for sample in samples] == [(2, 2), (1, 0), (0, 0), (2,)]
+    assert [sample.num_targets for sample in samples] == [4, 1, 0, 2]
+    assert batch.live_cu_seqlens.diff().tolist() == [n for sample in samples for n in sample.scored]
+    assert torch.equal(batch.target[batch.live], batch.live_target)
+    assert torch.equal((batch.target != none).nonzero()[:, 0], batch.live)
+
+
+def test_labels_and_margins_follow_their_sequences() -> None:
+    batch = collate([Sample(0, (1,), ((2,), (3,), (4,)), labels=(3.0, 1.5, -2.0)), Sample(1, (1,), ((5,),), labels=(1.0,), margin=0.25)])
+    assert batch.labels is not None
+    assert (batch.labels.tolist(), batch.labels.dtype) == ([3.0, 1.5, -2.0, 1.0], torch.float32)
+    assert (batch.margin.tolist(), batch.margin.dtype) == ([0.0, 0.25], torch.float32)
+    assert collate(PAIRS).labels is None
+    with pytest.raises(AssertionError, match="in every sample, or none in any"):
+        collate([PAIRS[0], Sample(1, (1,), ((2,),), labels=(0.0,))])
+    with pytest.raises(AssertionError, match="one entry per completion token"):
+        collate([Sample(1, (1,), ((2, 3),), masks=((True,),))])

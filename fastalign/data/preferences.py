@@ -132,16 +132,17 @@ def split_by_prompt(pairs: Pairs, fraction: float) -> tuple[Pairs, Pairs]:
 
 
 def fingerprint(*parts: Sequence[Sample]) -> str:
-    """sha256 over the indices, token ids and weights of samples: the same data, cut and split the same way, in the same order."""
-    digest = hashlib.sha256(b"fastalign preference samples 1")
+    """sha256 over everything that samples hold: the same data, cut and split the same way, in the same order."""
+    digest = hashlib.sha256(b"fastalign samples 2")
     for samples in parts:
         digest.update(array("q", [len(samples)]).tobytes())
         for sample in samples:
-            sequences = (sample.prompt, *sample.completions)
-            digest.update(array("q", [sample.index, *map(len, (*sequences, sample.skip)), *sample.skip]).tobytes())
+            sequences = (sample.prompt, *sample.completions, *sample.masks)
+            counts = map(len, (sample.completions, sample.masks, sample.skip, sample.labels, *sequences))
+            digest.update(array("q", [sample.index, *counts, *sample.skip]).tobytes())
             for ids in sequences:
                 digest.update(array("q", ids).tobytes())
-            digest.update(array("d", [sample.weight]).tobytes())
+            digest.update(array("d", [sample.weight, sample.margin, *sample.labels]).tobytes())
     return digest.hexdigest()
 
 

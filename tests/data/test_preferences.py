@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,9 @@ def test_the_fingerprint_sees_ids_weights_cuts_and_the_split(tmp_path: Path) -> 
     left, right = Sample(0, (1,), ((2, 3), (4,))), Sample(0, (1,), ((2,), (3, 4)))
     assert fingerprint([left]) != fingerprint([right])
     assert fingerprint([left], []) != fingerprint([], [left])
+    others = [{"labels": (1.0, 0.0)}, {"labels": (0.0, 1.0)}, {"margin": 1.0}, {"masks": ((True, False), (True,))}, {"skip": (0, 1)}]
+    others += [{"masks": ((False, True), (True,))}, {"weight": 2.0}]
+    assert len({fingerprint([left]), *(fingerprint([replace(left, **other)]) for other in others)}) == 8
 
 
 def test_ten_thousand_pairs_take_seconds_and_little_memory(tmp_path: Path) -> None:
