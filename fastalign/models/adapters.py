@@ -16,10 +16,11 @@ from fastalign.models.config import LoraConfig
 POLICY, REFERENCE = "default", "reference"
 
 
-def add_adapter(model: Any, lora: LoraConfig) -> Any:
+def add_adapter(model: Any, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
     """A PeftModel that trains the adapter of `lora`: a fresh one, whose update starts at 0, or an existing one.
 
-    An existing adapter is loaded twice: to be trained, and frozen as the adapter "reference".
+    `task` is PEFT's: of a SEQ_CLS model the score head is trained in full and kept in the adapter. An existing adapter is
+    loaded twice: to be trained, and frozen as the adapter "reference".
     """
     import peft
 
@@ -32,7 +33,7 @@ def add_adapter(model: Any, lora: LoraConfig) -> Any:
         wrapped.set_adapter(POLICY)
         return wrapped
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=lora.r,
         lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
@@ -104,8 +105,7 @@ def _targets(model: Any, targets: str | list[str]) -> str | list[str]:
         return targets
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
-    names = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    }
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module not in heads]
+    names = {name.rsplit(".", 1)[-1] for name in linear}
     return sorted(names | (set(targets) - {"all-linear"}))

@@ -91,6 +91,11 @@ def head_spec(model: nn.Module) -> HeadSpec:
     return HeadSpec(linear.weight, linear.bias, scale.before * scale.after, softcap, lora)
 
 
+def lm_head_weight(model: nn.Module) -> Tensor | None:
+    """(V, D) weight of the language-model head of `model`; None of a model that has another head."""
+    return None if causal_lm(model).get_output_embeddings() is None else head_spec(model).weight
+
+
 def _active(head: Any, name: str) -> Any:
     """Look through PEFT's copy of a module that is trained in full."""
     if head is None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,62 +40,93 @@ def load_model(
     given. A fresh adapter draws its first weights from torch's global generator. Weights are read from safetensors only.
     Raises ModelError for a folder without usable weights and for architectures that cannot be packed, with the reason.
     """
-    attention.register()
     options = ModelConfig("", dtype, device, gradient_checkpointing, dropout, trust_remote_code)
     if isinstance(model, nn.Module):
-        loaded: Any = model
-        causal = causal_lm(model)
-        check_config(causal.config, "")
+        check_config(causal_lm(model).config, "")
         if dtype != "auto":
-            loaded.to(getattr(torch, dtype))
-    else:
-        options = model if isinstance(model, ModelConfig) else replace(options, path=str(model))
-        if (Path(options.path) / "adapter_config.json").is_file():
-            if lora is not None and lora.enabled:
-                raise ModelError(f"{options.path} is an adapter; give its base model as model.path and the adapter as lora.adapter")
-            lora = LoraConfig(adapter=options.path)
-            options = replace(options, path=_base_of(options.path))
-        loaded = causal = _from_path(options)
+            model.to(getattr(torch, dtype))
+        return prepare(model, options, lora)
+    from transformers import AutoModelForCausalLM
+
+    options = model if isinstance(model, ModelConfig) else replace(options, path=str(model))
+    options, lora = resolve_adapter(options, lora)
+    return prepare(read_model(options, AutoModelForCausalLM), options, lora)
+
+
+def resolve_adapter(options: ModelConfig, lora: LoraConfig | None) -> tuple[ModelConfig, LoraConfig | None]:
+    """Where `options.path` is an adapter: its base model, and the adapter as what is trained further."""
+    if not (Path(options.path) / "adapter_config.json").is_file():
+        return options, lora
+    if lora is not None and lora.enabled:
+        raise ModelError(f"{options.path} is an adapter; give its base model as model.path and the adapter as lora.adapter")
+    return replace(options, path=_base_of(options.path)), LoraConfig(adapter=options.path)
+
+
+def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task: str = "CAUSAL_LM") -> Any:
+    """Install packed attention in a model of Transformers, and put it on its device, with its adapter (`task`: PEFT's word)."""
+    attention.register()
+    causal = causal_lm(loaded)
     check_model(causal, options.path)
     causal.set_attn_implementation(attention.NAME)
     if not options.dropout:
         _disable_dropout(causal)
     loaded.to(_device(options.device, loaded))
     if lora is not None and lora.enabled:
-        loaded = add_adapter(loaded, lora)
+        loaded = add_adapter(loaded, lora, task)
     if options.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded
 
 
-def _from_path(options: ModelConfig) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_config(options: ModelConfig) -> Any:
+    """The Transformers config at `options.path`, of an architecture that can be packed."""
+    from transformers import AutoConfig
 
-    path = options.path
-    _check_folder(path)
+    _check_folder(options.path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot read the model's config: {error}") from error
-    check_config(config, path)
+        raise ModelError(f"{options.path}: cannot read the model's config: {error}") from error
+    check_config(config, options.path)
+    return config
+
+
+def read_model(options: ModelConfig, auto_class: Any, *, config: Any = None, may_lack: Collection[str] = ()) -> Any:
+    """The model at `options.path` as `auto_class` builds it; of its weights only those in `may_lack` may be missing there."""
+    path = options.path
+    config = read_config(options) if config is None else config
+    attention.register()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-            use_safetensors=True,
-            attn_implementation=attention.NAME,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-        )
+        with _no_load_report() if may_lack else nullcontext():
+            loaded: Any = auto_class.from_pretrained(
+                path,
+                config=config,
+                dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+                use_safetensors=True,
+                attn_implementation=attention.NAME,
+                trust_remote_code=options.trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:  # safetensors, hub, config and size errors have no common base; all mean that the folder cannot be used
         raise ModelError(f"{path}: cannot load the weights: {error}") from error
     model, info = loaded
-    missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - set(may_lack))
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{path}: the weight files lack {shown}, which would start from random numbers; download the model again")
     return model
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Transformers warns at length of the weights that differ between a causal LM and another head on it."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _check_folder(path: str) -> None:

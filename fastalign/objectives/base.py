@@ -13,6 +13,8 @@ from torch import Tensor
 from fastalign.data.config import DataConfig
 from fastalign.errors import ConfigError
 from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.load import load_model
+from fastalign.models.selfcheck import self_check
 from fastalign.types import PackedBatch, Sample
 
 
@@ -23,7 +25,10 @@ class Objective(Protocol):
         """What the sums of `loss` are divided by, counted over all samples of the step before its first micro-batch."""
 
     def loss(self, batch: PackedBatch, denominators: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's share of the step's loss, ready for `backward()`, and detached scalar sums for the metrics."""
+        """The micro-batch's share of the step's loss, ready for `backward()`, and detached scalars for the metrics.
+
+        Over the micro-batches of a step the scalars are added up, but of names that begin with min_ or max_ that is kept.
+        """
 
     def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
         """The step's metrics, under TRL's names, from the sums over all its micro-batches."""
@@ -125,6 +130,14 @@ class RunConfig:
             self._require(option, getattr(self, option) is None or getattr(self, option) > 0, "positive, or null")
         self._require_choice("lr_schedule", ("linear", "cosine", "constant"))
         self._require_choice("metrics", ("full", "basic"))
+
+    def load_model(self, tokenizer: Any) -> Any:
+        """The model to train, with packed attention and, if one is trained, its adapter."""
+        return load_model(self.model, lora=self.lora)
+
+    def check_model(self, model: Any, batch: PackedBatch) -> None:
+        """Raise HeadMismatchError unless `model` gives for `batch` what it gives without us."""
+        self_check(model, batch)
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Dataset:
         """The training and held-out samples of this algorithm; `vocab_size` rows of the head, if they are known yet."""

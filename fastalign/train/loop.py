@@ -19,10 +19,9 @@ from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
 from fastalign.errors import NumericsError
 from fastalign.models.adapters import POLICY, has_adapter
 from fastalign.models.fingerprint import model_fingerprint
-from fastalign.models.heads import head_spec
-from fastalign.models.load import load_model
+from fastalign.models.heads import lm_head_weight
 from fastalign.models.save import save_final
-from fastalign.models.selfcheck import self_check
+from fastalign.models.trunk import causal_lm
 from fastalign.objectives.base import RunConfig
 from fastalign.packing import collate
 from fastalign.train import checkpoint
@@ -73,10 +72,11 @@ class _Run:
         samples = [*self.data.samples, *self.data.eval_samples]
         check_lengths(samples, config.max_tokens)
         torch.manual_seed(config.seed)
-        self.model = load_model(config.model, lora=config.lora)
+        self.model = config.load_model(self.tokenizer)
         self.device = next(self.model.parameters()).device
-        head = head_spec(self.model)
-        check_vocabulary(samples, head.weight.shape[0])
+        head_weight = lm_head_weight(self.model)
+        embedding = causal_lm(self.model).get_input_embeddings().weight
+        check_vocabulary(samples, len(embedding if head_weight is None else head_weight))
         self.order = Order.of(config, len(self.data.samples))
         self.identity = Identity(
             algorithm=config.name,
@@ -84,8 +84,8 @@ class _Run:
             data=self.data.fingerprint,
             model=model_fingerprint(self.model, skip_adapter=POLICY if has_adapter(self.model) else None),
         )
-        self.optimizer = Optimizer(self.model, config, head_weight=head.weight)
-        self_check(self.model, collate(self._samples(0)[:1]).to(self.device))
+        self.optimizer = Optimizer(self.model, config, head_weight=head_weight)
+        config.check_model(self.model, collate(self._samples(0)[:1]).to(self.device))
         self.progress = Progress()
         self.saved_step = -1
         self.metrics: dict[str, float] = {}

@@ -97,8 +97,14 @@ def run_step(
             if backward:
                 loss.backward()
             for name, value in sums.items():
-                totals[name] = totals[name] + value if name in totals else value
+                totals[name] = _join(name, totals[name], value) if name in totals else value
     return totals, denominators
+
+
+def _join(name: str, a: Tensor, b: Tensor) -> Tensor:
+    if name.startswith("min_"):
+        return torch.minimum(a, b)
+    return torch.maximum(a, b) if name.startswith("max_") else a + b
 
 
 def to_floats(values: dict[str, Tensor]) -> dict[str, float]:

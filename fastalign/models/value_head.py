@@ -1,0 +1,122 @@
+"""Reward models: the trunk of a causal LM under a score head, one number per sequence.
+
+In memory and on disk a reward model is Transformers' own `*ForSequenceClassification` with one label: what training writes is
+what `AutoModelForSequenceClassification.from_pretrained` reads. The score is `hidden . weight` without a bias at the last
+token that is not the pad token, which is where Transformers reads it. A tokenizer whose pad token is its EOS token therefore
+puts the score on the token before EOS, in training as in use.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastalign.errors import HeadMismatchError, ModelError
+from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.load import prepare, read_config, read_model, resolve_adapter
+from fastalign.models.trunk import causal_lm, evaluation, stock_attention, text_config, trunk
+from fastalign.types import PackedBatch
+
+_WEIGHT = "score.weight"
+
+# Largest difference of a score, as a share of the largest score: orders above rounding, orders below a wrong token or head.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def load_reward_model(model: str | Path | ModelConfig, *, pad_token_id: int, lora: LoraConfig | None = None) -> Any:
+    """The reward model at a path, or a fresh one on the causal LM there, with packed attention; with `lora` a PeftModel.
+
+    A fresh score head is drawn from N(0, 1/(D+1)) (Stiennon 2020, arXiv:2009.01325) by torch's global generator. Under an
+    adapter the score head is trained in full. `pad_token_id` goes into the config, where Transformers looks for it.
+    Raises ModelError for architectures without a sequence classification class in Transformers, whose reward models nothing
+    could load, for classifiers of several labels, and where `load_model` does.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+
+    options = model if isinstance(model, ModelConfig) else ModelConfig(str(model))
+    options, lora = resolve_adapter(options, lora)
+    path, config = options.path, read_config(options)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(f"{path}: Transformers has no sequence classification model of type {config.model_type}, as a reward model is one")
+    trained = _is_classifier(config)
+    if trained and config.num_labels != 1:
+        raise ModelError(f"{path}: a classifier of {config.num_labels} labels; a reward model has one score")
+    config.num_labels = 1
+    text = config.get_text_config(decoder=True)
+    text.pad_token_id = config.pad_token_id = pad_token_id
+    if hasattr(text, "output_router_logits"):
+        text.output_router_logits = False  # the classification models have no load-balancing loss
+    loaded = read_model(options, AutoModelForSequenceClassification, config=config, may_lack=() if trained else (_WEIGHT,))
+    head = getattr(loaded, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ModelError(f"{path}: {type(loaded).__name__} has no score head, a linear layer without a bias, but a {type(head).__name__}")
+    if not trained:
+        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return prepare(loaded, options, lora, task="SEQ_CLS")
+
+
+def is_reward_model(path: str | Path) -> bool:
+    """Whether a folder holds a reward model or an adapter of one; a hub name is none."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+    if not (folder / "config.json").is_file():
+        return False
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ()
+    return any(name.endswith("ForSequenceClassification") for name in names)
+
+
+def scores(model: Any, batch: PackedBatch) -> Tensor:
+    """(S,) float32: the score of each sequence of `batch`, with gradient to trunk and head."""
+    hidden = trunk(model, batch).hidden.index_select(0, _last_tokens(batch, text_config(causal_lm(model)).pad_token_id))
+    weight = _active(causal_lm(model).score).weight
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return F.linear(hidden.to(wide), weight.to(wide))[:, 0].float()
+
+
+def check_scores(model: Any, batch: PackedBatch, *, sequences: int = 4) -> float:
+    """Compare the packed scores of the first sequences of `batch` with the model's own, one sequence at a time, as `self_check` does.
+
+    Returns the largest difference as a share of the largest score. Raises HeadMismatchError beyond the tolerance.
+    """
+    causal = causal_lm(model)
+    with evaluation(model):
+        packed = scores(model, batch)[:sequences]
+        with stock_attention(model):
+            parts = list(pairwise(batch.bounds))[:sequences]
+            own = torch.cat([causal(input_ids=batch.input_ids[None, a:b], use_cache=False).logits[:, 0].float() for a, b in parts])
+    worst = float((packed - own).abs().max() / own.abs().max().clamp(min=1e-3))
+    dtype = next(model.parameters()).dtype
+    if not worst <= _TOLERANCE[dtype]:
+        raise HeadMismatchError(
+            f"{type(causal).__name__}: packed scores differ from the model's own by up to {worst:.3g} of their size (tolerance "
+            f"{_TOLERANCE[dtype]:g}). Training would optimise another model than the one that scores, so it does not start"
+        )
+    return worst
+
+
+def _last_tokens(batch: PackedBatch, pad_token_id: int) -> Tensor:
+    """(S,) the row of each sequence's last token that is not padding; of a sequence of nothing else its first, as in Transformers."""
+    rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
+    seen = torch.where(batch.input_ids != pad_token_id, rows, 0).cummax(0).values
+    starts, stops = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
+    return seen[stops - 1].maximum(starts)
+
+
+def _active(head: Any) -> Any:
+    """Look through PEFT's copy of a layer that is trained in full."""
+    if not hasattr(head, "modules_to_save"):
+        return head
+    if head.disable_adapters or not head.active_adapters:
+        return head.original_module
+    return head.modules_to_save[head.active_adapters[0]]
+
+
+def _is_classifier(config: Any) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
