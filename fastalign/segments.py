@@ -35,6 +35,18 @@ def segment_mean(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None)
     return total / count.clamp(min=1)
 
 
+def segment_expand(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """`values` (S,) given to every token of its segment, (N,) with N = `total` = cu_seqlens[-1]; the gradient is the segment's sum.
+
+    The gradient is summed in a fixed order (by sorting, not by atomics), and nothing waits for the device.
+    >>> segment_expand(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1, 3], dtype=torch.int32), 3)
+    tensor([1., 4., 4.])
+    """
+    if values.shape != (cu_seqlens.numel() - 1,):
+        raise ValueError(f"values must be (S,), one per segment of cu_seqlens (S+1,): got {tuple(values.shape)}, {tuple(cu_seqlens.shape)}")
+    return values[torch.repeat_interleave(cu_seqlens.diff(), output_size=total)]
+
+
 def _check_shapes(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> None:
     if values.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(

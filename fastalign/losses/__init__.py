@@ -1,6 +1,22 @@
 """Losses as pure functions of log-probabilities."""
 
+from fastalign.losses.aggregate import fixed_length as fixed_length
+from fastalign.losses.aggregate import sequence_mean as sequence_mean
+from fastalign.losses.aggregate import sequence_sum as sequence_sum
+from fastalign.losses.aggregate import token_mean as token_mean
+from fastalign.losses.kl import kl_k1 as kl_k1
+from fastalign.losses.kl import kl_k2 as kl_k2
+from fastalign.losses.kl import kl_k3 as kl_k3
+from fastalign.losses.policy import POLICY_LOSSES as POLICY_LOSSES
+from fastalign.losses.policy import cispo as cispo
+from fastalign.losses.policy import gspo as gspo
+from fastalign.losses.policy import policy_loss as policy_loss
+from fastalign.losses.policy import ppo_clip as ppo_clip
+from fastalign.losses.policy import reinforce as reinforce
+from fastalign.losses.policy import sapo as sapo
+from fastalign.losses.policy import vespo as vespo
 from fastalign.losses.preference import PREFERENCE_LOSSES as PREFERENCE_LOSSES
 from fastalign.losses.preference import dpo as dpo
 from fastalign.losses.preference import hinge as hinge
 from fastalign.losses.preference import ipo as ipo
+from fastalign.losses.value import clipped_value_loss as clipped_value_loss
