@@ -40,5 +40,9 @@ class NumericsError(FastalignError, ArithmeticError):
     """The loss or the gradient stayed non-finite for longer than the run allows."""
 
 
+class JudgeError(FastalignError, RuntimeError):
+    """A judge did not answer, or its answer holds no verdict."""
+
+
 class DependencyError(FastalignError, ImportError):
     """An optional package is needed and absent; the message names the install command."""

@@ -29,6 +29,7 @@ OWNERS = {  # an extra is imported in the files that own it, and nowhere else
     "trl": {"dropin"},
     "liger_kernel": {"dropin", "models"},
     "vllm": {"rollout"},
+    "openai": {"rollout"},
     "matplotlib": {"train"},
     "tensorboard": {"train"},
     "wandb": {"train"},

@@ -1,0 +1,1 @@
+"""Completions and what is thought of them: judges."""
