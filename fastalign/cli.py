@@ -24,6 +24,7 @@ Trains language models from preferences. Every command explains itself: fastalig
 
   dpo          train on preference pairs (DPO, IPO, hinge): --model.path DIR --data.path FILE --output RUN
   eval         accuracy, margins and loss of a model or run on held-out pairs: --model.path RUN --data.path FILE
+  label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint
   report RUN   write RUN/report.html and its curves again
   data check FILE   validate a data file and show rendered samples with the loss mask in colour
   demo         build a small model, train it on generated preferences and show before and after
@@ -82,7 +83,7 @@ def _dispatch(words: list[str]) -> int:
     command, rest = words[0], words[1:]
     if command in ALGORITHMS:
         return _train(command, rest)
-    commands: dict[str, Callable[[list[str]], int]] = {"eval": _eval, "report": _report, "data": _data, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {"eval": _eval, "label": _label, "report": _report, "data": _data, "demo": _demo}
     if command not in commands:
         from fastalign.train.options import nearest
 
@@ -127,6 +128,17 @@ def _eval(argv: list[str]) -> int:
     config = parse(argv, EvalConfig)
     _no_foreign_bars()
     show(evaluate(config))
+    return 0
+
+
+def _label(argv: list[str]) -> int:
+    from fastalign.train.config import parse
+    from fastalign.train.label import LabelConfig, label, show
+
+    if _wants_help(argv):
+        return _print_help(LabelConfig, "fastalign label ROWS.jsonl --output JUDGED.jsonl --judge.* [options]")
+    config = parse(["--path", *argv] if argv and not argv[0].startswith("--") else argv, LabelConfig)
+    show(label(config), config)
     return 0
 
 

@@ -1,0 +1,179 @@
+"""`fastalign label`: every row is judged once, in order, whatever interrupts it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastalign.cli import main
+from fastalign.errors import ConfigError, DataError, JudgeError, OutputError
+from fastalign.rollout.judges import Verdict
+from fastalign.train.label import JudgeConfig, LabelConfig, label
+
+ROWS = [
+    {"prompt": "why?", "chosen": "because of it", "rejected": "no", "source": "a"},
+    {"prompt": "who?", "chosen": "me", "rejected": "somebody else"},
+    {"prompt": "how?", "completions": ["so", "like this", "so"], "ranks": [2, 1, 3]},
+    {"prompt": "when?", "completion": "now"},
+]
+
+
+class ByLength:
+    fingerprint = "by length"
+
+    def __init__(self, fails=(), dies_at=None):
+        self.fails, self.dies_at, self.seen = fails, dies_at, []
+
+    def __call__(self, prompt, completions, columns):
+        self.seen.append(prompt)
+        if prompt == self.dies_at:
+            raise KeyboardInterrupt
+        if prompt in self.fails:
+            raise JudgeError("cannot say")
+        return Verdict(tuple(float(len(c)) for c in completions), consistent=1, compared=1, first_wins=1, second_wins=1)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return LabelConfig(str(path), str(tmp_path / "out" / "judged.jsonl"), JudgeConfig(function="json:dumps"))
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_rows_gain_scores_and_agreement_is_counted(config):
+    figures = label(config, ByLength())
+    rows = read(config.output)
+    assert rows[0] == {
+        "prompt": "why?",
+        "source": "a",
+        "completions": ["because of it", "no"],
+        "human_scores": [1, 0],
+        "scores": [13.0, 2.0],
+    }
+    assert [row["scores"] for row in rows[1:]] == [[2.0, 13.0], [2.0, 9.0, 2.0], [3.0]]
+    # pairs of people: 1 agreed, 1 not, and of three (2>1>3) two agreed and one a tie
+    assert (figures["human_pairs"], figures["human_agreement"]) == (5, pytest.approx(3.5 / 5))
+    assert figures["ties"] == 1 and figures["failed"] == 0 and figures["consistent_under_swap"] == 1.0
+    low, high = figures["human_agreement_ci95"]
+    assert low < 0.7 < high
+
+
+def test_rows_without_a_verdict_are_kept_and_can_be_judged_again(config, tmp_path):
+    figures = label(config, ByLength(fails={"who?"}))
+    assert figures["failed"] == 1 and len(read(config.output)) == 3
+    failed = Path(config.output).with_suffix(".failed.jsonl")
+    assert read(failed) == [{"prompt": "who?", "completions": ["me", "somebody else"], "human_scores": [1, 0], "judge_error": "cannot say"}]
+    again = LabelConfig(str(failed), str(tmp_path / "again.jsonl"), config.judge)
+    assert label(again, ByLength())["failed"] == 0
+    assert read(again.output) == [{"prompt": "who?", "completions": ["me", "somebody else"], "human_scores": [1, 0], "scores": [2.0, 13.0]}]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_interrupted_run_goes_on(config, torn):
+    with pytest.raises(KeyboardInterrupt):
+        label(config, ByLength(dies_at="how?"))
+    part = Path(config.output + ".part")
+    if torn:
+        with part.open("a") as file:
+            file.write('{"digest": "12')
+    judge = ByLength()
+    figures = label(config, judge)
+    done = len(part.read_text().splitlines()) if part.exists() else None
+    assert done is None and not {"why?"} & set(judge.seen)
+    whole = LabelConfig(config.path, config.output.replace("judged", "whole"), config.judge)
+    assert label(whole, ByLength()) == figures
+    assert read(whole.output) == read(config.output)
+
+
+def test_a_judge_that_is_down_stops_the_run_and_is_asked_again(config):
+    config.max_failures = 2
+    with pytest.raises(JudgeError, match="2 rows in a row without a verdict, the last: cannot say; what was judged is kept"):
+        label(config, ByLength(fails={"who?", "how?", "when?"}))
+    judge = ByLength()
+    assert label(config, judge)["failed"] == 0
+    assert judge.seen == ["who?", "how?", "when?"]
+
+
+def test_a_part_of_other_rows_or_of_another_judge_is_refused(config):
+    with pytest.raises(KeyboardInterrupt):
+        label(config, ByLength(dies_at="how?"))
+    other = ByLength()
+    other.fingerprint = "other"
+    with pytest.raises(ConfigError, match="another judge"):
+        label(config, other)
+    Path(config.path).write_text("".join(json.dumps(row | {"prompt": "changed"}) + "\n" for row in ROWS))
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: not the row"):
+        label(config, ByLength())
+    config.overwrite = True
+    assert label(config, ByLength())["rows"] == 4
+
+
+def test_an_output_is_not_overwritten(config):
+    label(config, ByLength())
+    with pytest.raises(OutputError, match="exists; judge anew with --overwrite"):
+        label(config, ByLength())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, "no column 'completions'"),
+        ({"completions": ["a"]}, "column 'prompt' is missing"),
+        ({"prompt": "a", "completions": []}, "at least one completion"),
+        ({"prompt": "a", "completions": ["b", 3]}, "column 'completions': expected text"),
+        ({"prompt": "a", "completions": ["b", "c"], "scores": [1]}, "one number for each of the 2"),
+        ({"prompt": "a", "completions": ["b", "c"], "ranks": ["first", "second"]}, "one number for each of the 2"),
+    ],
+)
+def test_a_malformed_row_costs_nothing(config, row, message):
+    with open(config.path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    judge = ByLength()
+    with pytest.raises(DataError, match=f"rows.jsonl:5: .*{message}"):
+        label(config, judge)
+    assert not judge.seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "name one judge"),
+        ({"function": "a:b", "url": "http://x"}, "name one judge"),
+        ({"url": "http://x"}, "judge.model"),
+        ({"function": "a:b", "scale": [5.0, 1.0]}, "rising"),
+        ({"function": "a:b", "workers": 0}, "workers"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        JudgeConfig(**options).validate()
+
+
+def test_command_line(config, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def rate(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    assert main(["label", config.path, "--output", config.output, "--judge.function", f"{tmp_path}/mine.py:rate"]) == 0
+    assert "human_agreement" in capsys.readouterr().out
+    assert len(read(config.output)) == 4
+
+
+def test_kill_and_resume(config, tmp_path):
+    """A process that is killed while a row is judged loses that row only."""
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "def rate(prompts, completions, **columns):\n"
+        "    if prompts[0] == 'how?' and os.environ.get('DIE'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    command = [sys.executable, "-m", "fastalign", "label", config.path, "--output", config.output]
+    command += ["--judge.function", f"{tmp_path}/mine.py:rate", "--judge.workers", "1"]
+    killed = subprocess.run(command, env={"DIE": "1", "PATH": ""}, capture_output=True)
+    assert killed.returncode == -9
+    subprocess.run(command, check=True, capture_output=True)
+    assert [row["scores"] for row in read(config.output)] == [[13.0, 2.0], [2.0, 13.0], [2.0, 9.0, 2.0], [3.0]]
