@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-BENCHMARKS = {"dpo": "bench.dpo"}
+BENCHMARKS = {"dpo": "bench.dpo", "head": "bench.head"}
 
 
 def main(argv: list[str]) -> int:

@@ -49,7 +49,7 @@ def describe(packages: list[str]) -> dict[str, str]:
     cpu = (
         f"{field('model name')} (family {field('cpu family')}, model {field('model')}), {os.cpu_count()} cores, {vector}, {memory:.0f} GiB"
     )
-    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    installed = {distribution.name.replace("_", "-"): distribution.version for distribution in metadata.distributions()}
     versions = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in packages)
     return {
         "machine": cpu,

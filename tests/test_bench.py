@@ -67,7 +67,7 @@ def test_peak_memory_is_of_what_came_after_the_reset():
 
 def test_unknown_benchmark_is_refused(capsys):
     assert main(["nonsense"]) == 2
-    assert "usage: python -m bench {dpo}" in capsys.readouterr().err
+    assert "usage: python -m bench {dpo,head}" in capsys.readouterr().err
 
 
 def test_pairs_are_the_same_on_every_call(tmp_path):
