@@ -1,93 +1,138 @@
-// The product's blocking: both operands are packed into panels that stay in L3, and threads share out blocks of c.
+// The product's C interface and its blocking. Both operands are packed into panels that stay in L3; threads share out
+// first the packing, then blocks of c. Blocking never changes a sum: that is cut along k alone, at fixed places.
+#include "fastalign_gemm.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 
-#include <omp.h>
-
-#include "fastalign_gemm.h"
+#include "dispatch.h"
 #include "gemm.h"
+#include "threads.h"
 
-namespace fastalign::gemm {
+namespace fastalign {
 namespace {
 
-constexpr std::int64_t K_STRETCH = 1024;                   // elements of k summed before c is touched
-constexpr std::int64_t ROWS = 2048, COLS = 2048;           // of c under way: two packed operands of at most 4 MiB, in L3
-constexpr std::int64_t BLOCK_ROWS = 128, BLOCK_COLS = 192;  // of c for one thread at a time: its part of b stays in L2
+#if defined(FASTALIGN_X86)
 
-std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; }
+constexpr int64_t K_STRETCH = 1024;                   // elements of k that are summed before c is touched
+constexpr int64_t ROWS = 2048, COLS = 2048;           // of c under way: the operands packed for them take at most 8 MiB
+constexpr int64_t BLOCK_ROWS = 128, BLOCK_COLS = 192;  // of c for one thread: the panels of b for them stay in its L2
+constexpr int64_t PRODUCTS_OF_A_THREAD = 1 << 21;     // some 20 us: fewer do not repay waking a thread
 
-// Sizes as even as possible: 1100 in stretches of at most 1024 is 2 x 550, a multiple of `unit` each.
-std::int64_t even_share(std::int64_t size, std::int64_t most, std::int64_t unit) {
-  return ceil_div(ceil_div(size, ceil_div(size, most)), unit) * unit;
+constexpr int64_t cut(int64_t x, int64_t by) noexcept { return (x + by - 1) / by; }
+constexpr int64_t round_up(int64_t x, int64_t unit) noexcept { return cut(x, unit) * unit; }
+
+// The size of equal parts, at most `most` and a multiple of `unit`: 1100 in stretches of 1024 are 2 x 550.
+constexpr int64_t even_part(int64_t size, int64_t most, int64_t unit) noexcept { return round_up(cut(size, cut(size, most)), unit); }
+
+Vectors part(const Vectors &x, int64_t vector, int64_t k) noexcept {
+    return {x.data + vector * x.stride + k * x.k_stride, x.stride, x.k_stride};
 }
 
-struct Call {
-  std::int64_t m, n, k;
-  Operand a, b;
-  float *c;
-  std::int64_t c_row;
-  bool accumulate;
+struct Product {
+    int64_t m, n, k;
+    Vectors a, b;
+    float *c;
+    int64_t c_row_stride;
+    bool accumulate;
 };
 
-void run(const Call &call, Pair *packed_a, Pair *packed_b, int threads) {
-  const std::int64_t k_step = even_share(call.k, K_STRETCH, 2);
-  const std::int64_t m_step = even_share(call.m, ROWS, GROUP), n_step = even_share(call.n, COLS, TILE_COLS);
-#pragma omp parallel num_threads(threads)
-  for (std::int64_t i0 = 0; i0 < call.m; i0 += m_step)
-    for (std::int64_t p0 = 0; p0 < call.k; p0 += k_step)
-      for (std::int64_t j0 = 0; j0 < call.n; j0 += n_step) {
-        const std::int64_t m = std::min(m_step, call.m - i0), n = std::min(n_step, call.n - j0), k = std::min(k_step, call.k - p0);
-        const std::int64_t pairs = (k + 1) / 2;
-        const std::int64_t a_groups = j0 == 0 ? ceil_div(m, GROUP) : 0, b_groups = ceil_div(n, GROUP);
-#pragma omp for schedule(dynamic, 4)
-        for (std::int64_t g = 0; g < a_groups + b_groups; ++g) {
-          if (g < a_groups) {
-            Pair *to = packed_a + g * GROUP * pairs;
-            pack_avx512(call.a, i0 + g * GROUP, std::min(GROUP, m - g * GROUP), p0, k, to, to + TILE_ROWS * pairs, TILE_ROWS);
-          } else {
-            const std::int64_t j = (g - a_groups) * GROUP, panel = j / TILE_COLS * TILE_COLS;
-            const std::int64_t width = std::min(TILE_COLS, ceil_div(n - panel, GROUP) * GROUP);
-            Pair *to = packed_b + panel * pairs + (j - panel);
-            pack_avx512(call.b, j0 + j, std::min(GROUP, n - j), p0, k, to, to + GROUP / 2, width);
-          }
+struct Parts {  // of a product: c in parts of (m, n), summed over stretches of k
+    int64_t m, n, k;
+
+    explicit Parts(int64_t m, int64_t n, int64_t k) noexcept
+        : m(even_part(m, ROWS, GROUP)), n(even_part(n, COLS, TILE_COLS)), k(even_part(k, K_STRETCH, 2)) {}
+    int64_t packed_a() const noexcept { return m * k / 2; }  // in pairs
+    int64_t packed_b() const noexcept { return n * k / 2; }
+};
+
+// Panels of TILE_ROWS rows, each [pairs][TILE_ROWS].
+void pack_rows(const Vectors &a, int64_t group, int64_t m, int64_t k, Pair *packed) noexcept {
+    const int64_t pairs = cut(k, 2), row = group * GROUP;
+    Pair *const to = packed + row * pairs;
+    pack_avx512(part(a, row, 0), std::min(GROUP, m - row), k, to, to + TILE_ROWS * pairs, TILE_ROWS);
+}
+
+// Panels of TILE_COLS columns, the last perhaps narrower, each [pairs][columns rounded up to GROUP].
+void pack_columns(const Vectors &b, int64_t group, int64_t n, int64_t k, Pair *packed) noexcept {
+    const int64_t col = group * GROUP, panel = col / TILE_COLS * TILE_COLS;
+    const int64_t width = std::min(TILE_COLS, round_up(n, GROUP) - panel);
+    Pair *const to = packed + panel * cut(k, 2) + (col - panel);
+    pack_avx512(part(b, col, 0), std::min(GROUP, n - col), k, to, to + GROUP / 2, width);
+}
+
+void run(const Product &x, const Parts &parts, Pair *packed_a, Pair *packed_b, int threads) noexcept {
+    for (int64_t i0 = 0; i0 < x.m; i0 += parts.m) {
+        const int64_t m = std::min(parts.m, x.m - i0), a_groups = cut(m, GROUP), block_rows = cut(m, BLOCK_ROWS);
+        for (int64_t k0 = 0; k0 < x.k; k0 += parts.k) {
+            const int64_t k = std::min(parts.k, x.k - k0), pairs = cut(k, 2);
+            const Vectors a = part(x.a, i0, k0);
+            for (int64_t j0 = 0; j0 < x.n; j0 += parts.n) {
+                const int64_t n = std::min(parts.n, x.n - j0), b_groups = cut(n, GROUP), block_cols = cut(n, BLOCK_COLS);
+                const Vectors b = part(x.b, j0, k0);
+                const int64_t first = j0 > 0 ? a_groups : 0;  // a is packed already
+                const auto pack = [&](int64_t i) {
+                    const int64_t group = first + i;
+                    group < a_groups ? pack_rows(a, group, m, k, packed_a) : pack_columns(b, group - a_groups, n, k, packed_b);
+                };
+                const auto multiply = [&](int64_t block) {
+                    const int64_t top = block % block_rows * BLOCK_ROWS, left = block / block_rows * BLOCK_COLS;
+                    for (int64_t i = top; i < std::min(m, top + BLOCK_ROWS); i += TILE_ROWS)
+                        for (int64_t j = left; j < std::min(n, left + BLOCK_COLS); j += TILE_COLS)
+                            tile_avx512(
+                                pairs, packed_a + i * pairs, packed_b + j * pairs, x.c + (i0 + i) * x.c_row_stride + j0 + j, x.c_row_stride,
+                                std::min(TILE_ROWS, m - i), std::min(TILE_COLS, n - j), x.accumulate || k0 > 0);
+                };
+                parallel_for(a_groups + b_groups - first, threads, pack);
+                parallel_for(block_rows * block_cols, threads, multiply);
+            }
         }
-        const std::int64_t block_rows = ceil_div(m, BLOCK_ROWS), block_cols = ceil_div(n, BLOCK_COLS);
-        const bool accumulate = call.accumulate || p0 > 0;
-#pragma omp for schedule(dynamic, 1)
-        for (std::int64_t block = 0; block < block_rows * block_cols; ++block) {
-          const std::int64_t i_first = block % block_rows * BLOCK_ROWS, j_first = block / block_rows * BLOCK_COLS;
-          for (std::int64_t i = i_first; i < std::min(m, i_first + BLOCK_ROWS); i += TILE_ROWS)
-            for (std::int64_t j = j_first; j < std::min(n, j_first + BLOCK_COLS); j += TILE_COLS)
-              tile_avx512(pairs, packed_a + i * pairs, packed_b + j * pairs, call.c + (i0 + i) * call.c_row + j0 + j, call.c_row,
-                          std::min(TILE_ROWS, m - i), std::min(TILE_COLS, n - j), accumulate);
-        }
-      }
+    }
+}
+
+#endif
+
+bool readable(const fastalign_bf16_matrix *x, bool empty) noexcept {
+    return x && x->row_stride >= 0 && x->column_stride >= 0 && (empty || (x->data && (x->row_stride == 1 || x->column_stride == 1)));
 }
 
 }  // namespace
-}  // namespace fastalign::gemm
+}  // namespace fastalign
 
-extern "C" int fastalign_gemm_bf16_supported(void) { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+using namespace fastalign;
 
-extern "C" int fastalign_gemm_bf16(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t a_row, int64_t a_col, const uint16_t *b,
-                                   int64_t b_row, int64_t b_col, float *c, int64_t c_row, int accumulate, int threads) {
-  using namespace fastalign::gemm;
-  if (m < 0 || n < 0 || k < 0) return FASTALIGN_GEMM_BAD_ARGUMENT;
-  if (m == 0 || n == 0) return FASTALIGN_GEMM_OK;
-  if (c == nullptr || c_row < n || (k > 0 && (a == nullptr || b == nullptr))) return FASTALIGN_GEMM_BAD_ARGUMENT;
-  if ((a_row != 1 && a_col != 1) || (b_row != 1 && b_col != 1)) return FASTALIGN_GEMM_BAD_ARGUMENT;
-  if (!fastalign_gemm_bf16_supported()) return FASTALIGN_GEMM_UNSUPPORTED;
-  if (k == 0) {
-    if (!accumulate)
-      for (std::int64_t i = 0; i < m; ++i) std::fill_n(c + i * c_row, n, 0.0f);
-    return FASTALIGN_GEMM_OK;
-  }
-  const std::int64_t pairs = even_share(k, K_STRETCH, 2) / 2;
-  const std::int64_t a_words = even_share(m, ROWS, GROUP) * pairs, b_words = even_share(n, COLS, TILE_COLS) * pairs;
-  std::unique_ptr<Pair, decltype(&std::free)> packed(static_cast<Pair *>(std::aligned_alloc(64, ceil_div((a_words + b_words) * 4, 64) * 64)), &std::free);
-  if (!packed) return FASTALIGN_GEMM_NO_MEMORY;
-  run({m, n, k, {a, a_row, a_col}, {b, b_col, b_row}, c, c_row, accumulate != 0}, packed.get(), packed.get() + a_words,
-      threads > 0 ? threads : omp_get_max_threads());
-  return FASTALIGN_GEMM_OK;
+extern "C" {
+
+int fastalign_gemm_bf16_supported(void) {
+#if defined(FASTALIGN_X86)
+    return isa() == Isa::avx512 && has_avx512_bf16();
+#else
+    return 0;
+#endif
 }
+
+int fastalign_gemm_bf16(
+    int64_t m, int64_t n, int64_t k, const fastalign_bf16_matrix *a, const fastalign_bf16_matrix *b, float *c, int64_t c_row_stride,
+    int accumulate, int threads) {
+    if (m < 0 || n < 0 || k < 0 || !readable(a, m == 0 || k == 0) || !readable(b, n == 0 || k == 0)) return FASTALIGN_BAD_ARGUMENT;
+    if (m > 0 && n > 0 && (!c || (m > 1 && c_row_stride < n))) return FASTALIGN_BAD_ARGUMENT;
+    if (!fastalign_gemm_bf16_supported()) return FASTALIGN_UNSUPPORTED;
+    if (m == 0 || n == 0) return FASTALIGN_OK;
+    if (k == 0) {
+        for (int64_t i = 0; i < m && !accumulate; ++i) std::fill_n(c + i * c_row_stride, n, 0.0f);
+        return FASTALIGN_OK;
+    }
+#if defined(FASTALIGN_X86)
+    const Parts parts(m, n, k);
+    const int64_t bytes = round_up((parts.packed_a() + parts.packed_b()) * sizeof(Pair), 64);
+    const std::unique_ptr<Pair, void (*)(void *)> packed(static_cast<Pair *>(std::aligned_alloc(64, bytes)), std::free);
+    if (!packed) return FASTALIGN_NO_MEMORY;
+    const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(m) * n * k / PRODUCTS_OF_A_THREAD));
+    run({m, n, k, {a->data, a->row_stride, a->column_stride}, {b->data, b->column_stride, b->row_stride}, c, c_row_stride, accumulate != 0},
+        parts, packed.get(), packed.get() + parts.packed_a(), static_cast<int>(std::min<int64_t>(threads, useful)));
+#endif
+    return FASTALIGN_OK;
+}
+
+}  // extern "C"

@@ -1,28 +1,28 @@
-// What the driver of the product (gemm.cpp) asks of one instruction set.
+// What the blocking of the product (gemm.cpp) asks of the instruction set.
 #pragma once
+
 #include <cstdint>
 
-namespace fastalign::gemm {
+namespace fastalign {
 
-// Two neighbours along k, the even one in the low half: the operand of vdpbf16ps.
-using Pair = std::uint32_t;
+// Neighbours 2 p and 2 p + 1 along k, the even one in the low half: the operands of vdpbf16ps.
+using Pair = uint32_t;
 
-constexpr std::int64_t TILE_ROWS = 8, TILE_COLS = 48, GROUP = 16;  // register tile; packing works on GROUP rows or columns
+constexpr int64_t GROUP = 16;                    // vectors along k that are packed together
+constexpr int64_t TILE_ROWS = 8, TILE_COLS = 48;  // of c, held in registers
 
-// An operand as `outer` vectors along k: rows of A, or columns of B.
-struct Operand {
-  const std::uint16_t *data;
-  std::int64_t outer_stride, k_stride;  // elements; one of the two is 1
+// An operand as vectors along k: the rows of a, or the columns of b.
+struct Vectors {
+    const uint16_t *data;
+    int64_t stride, k_stride;  // from one vector to the next, and along it; one of the two is 1
 };
 
-// Packs vectors first .. first + count (count <= GROUP) over k elements into pairs[(k + 1) / 2][GROUP], missing ones zero:
-// vectors 0-7 of pair p go to low[p * stride], 8-15 to high[p * stride].
-void pack_avx512(const Operand &x, std::int64_t first, std::int64_t count, std::int64_t k0, std::int64_t k,
-                 Pair *low, Pair *high, std::int64_t stride);
+// Packs `count` <= GROUP vectors of `k` elements, starting at x.data, as pairs; absent vectors, and the odd half of the last
+// pair of an odd k, are zero. Pair p of vectors 0-7 goes to low[p * step ...], of vectors 8-15 to high[p * step ...].
+void pack_avx512(const Vectors &x, int64_t count, int64_t k, Pair *low, Pair *high, int64_t step) noexcept;
 
-// c (rows, cols) = or += a b: `a` holds [pairs][TILE_ROWS], `b` [pairs][cols rounded up to GROUP], rows <= TILE_ROWS,
-// cols <= TILE_COLS.
-void tile_avx512(std::int64_t pairs, const Pair *a, const Pair *b, float *c, std::int64_t c_row,
-                 std::int64_t rows, std::int64_t cols, bool accumulate);
+// c (rows <= TILE_ROWS, cols <= TILE_COLS) = or += a b, of a[pairs][TILE_ROWS] and b[pairs][cols rounded up to 16].
+void tile_avx512(
+    int64_t pairs, const Pair *a, const Pair *b, float *c, int64_t c_row_stride, int64_t rows, int64_t cols, bool accumulate) noexcept;
 
-}  // namespace fastalign::gemm
+}  // namespace fastalign

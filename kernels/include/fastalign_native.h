@@ -24,7 +24,8 @@ extern "C" {
 typedef enum fastalign_status {
     FASTALIGN_OK = 0,
     FASTALIGN_BAD_ARGUMENT = 1, /* a null pointer, a negative size, a stride shorter than a row */
-    FASTALIGN_UNSUPPORTED = 2   /* an element type, or an instruction set that this machine or build lacks */
+    FASTALIGN_UNSUPPORTED = 2,  /* an element type, or an instruction set that this machine or build lacks */
+    FASTALIGN_NO_MEMORY = 3     /* no room for the scratch of one call */
 } fastalign_status;
 
 typedef enum fastalign_dtype {
