@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.data.config import DataConfig
 from fastalign.data.encode import decode
-from fastalign.data.preferences import Pairs, read_pairs, split_by_prompt
+from fastalign.data.preferences import PAIRS
 from fastalign.data.report import DataReport
+from fastalign.data.samples import Part, read_part, split_by_prompt
 from fastalign.data.tokenizer import head_vocab_size
 from fastalign.types import Sample
 
@@ -35,7 +36,7 @@ def check(
         vocab_size = head_vocab_size(tokenizer.name_or_path)
     failed = False
     for held_out in (False, True) if config.eval_path or config.eval_split else (False,):
-        pairs, report = read_pairs(config, tokenizer, vocab_size=vocab_size, held_out=held_out)
+        pairs, report = read_part(PAIRS, config, tokenizer, vocab_size=vocab_size, held_out=held_out)
         _print_problems(report, console)
         _print_counts(report, pairs, config, tokenizer, console)
         for notice, count in report.notices.most_common():
@@ -43,7 +44,7 @@ def check(
         if tokenizer is not None:
             for k in _choose(pairs.samples, report, samples):
                 _print_sample(pairs.samples[k], pairs.places[k], config, report, tokenizer, console)
-        failed |= bool(report.problems) or not report.pairs
+        failed |= bool(report.problems) or not report.samples
         _print_verdict(report, tokenizer, console)
     return int(failed)
 
@@ -75,9 +76,7 @@ def _print_problems(report: DataReport, console: Console) -> None:
         console.print(Text(f"... and {len(lines) - SHOWN_PROBLEMS:,} more kinds of problem", style="red"))
 
 
-def _print_counts(
-    report: DataReport, pairs: Pairs, config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, console: Console
-) -> None:
+def _print_counts(report: DataReport, pairs: Part, config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, console: Console) -> None:
     table = Table(title=Text(visible(report.source)), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -87,7 +86,9 @@ def _print_counts(
         table.add_row(Text(name), Text(count if isinstance(count, str) else f"{count:,}"), Text(visible(note)))
 
     row("rows", report.rows)
-    row("pairs", report.pairs, f"{report.conversational:,} rows hold messages, the others text" if report.conversational else "plain text")
+    row(
+        "pairs", report.samples, f"{report.conversational:,} rows hold messages, the others text" if report.conversational else "plain text"
+    )
     if report.problems:
         row("cannot be used", len(report.problems), "listed above")
     for reason, count in report.dropped.most_common():
@@ -103,9 +104,8 @@ def _print_counts(
             train, held_out = split_by_prompt(pairs, config.eval_fraction)
             row("held out", len(held_out.samples), f"by prompt; {len(train.samples):,} pairs are left to train on")
     console.print(table)
-    lengths = {"prompt": report.prompt_lengths, "chosen": report.chosen_lengths, "rejected": report.rejected_lengths}
-    if report.prompt_lengths:
-        _print_lengths(lengths, console)
+    if report.lengths:
+        _print_lengths(report.lengths, console)
 
 
 def _print_lengths(lengths: Mapping[str, Sequence[int]], console: Console) -> None:
@@ -183,8 +183,8 @@ def _tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, style: str, 
 def _print_verdict(report: DataReport, tokenizer: PreTrainedTokenizerBase | None, console: Console) -> None:
     if report.problems:
         console.print(Text(f"\n{len(report.problems):,} of {report.rows:,} rows cannot be used; mend or remove them", style="bold red"))
-    elif not report.pairs:
+    elif not report.samples:
         console.print(Text("\nno pair is left to train on", style="bold red"))
     else:
         rest = "" if tokenizer else "; structure only: add --model.path DIR to check tokens and see samples"
-        console.print(Text(f"\nok: {report.pairs:,} pairs{rest}", style="bold green"))
+        console.print(Text(f"\nok: {report.samples:,} pairs{rest}", style="bold green"))

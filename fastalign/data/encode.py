@@ -1,4 +1,4 @@
-"""Checked rows to token ids, in batches, with the same ids as TRL 1.16's DPOTrainer."""
+"""Checked examples to token ids, in batches, with the same ids as TRL 1.16's trainers."""
 
 from __future__ import annotations
 
@@ -10,34 +10,41 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.examples import PreferenceExample
+from fastalign.data.examples import Example
 from fastalign.data.messages import Message, Turns, check_text, common_prefix_length
-from fastalign.data.templates import TemplateTraits, require_chat_template
+from fastalign.data.templates import TemplateTraits, has_marks, missing_marks, require_chat_template
 from fastalign.data.tokenizer import require_eos
 from fastalign.errors import DataError, TemplateError
 
 Ids = list[int]
 
-_REPEATED = "chosen and rejected both begin with the whole prompt, which is trained on twice; remove it from them, or the column 'prompt'"
+_REPEATED = "the completions begin with the whole prompt, which is trained on twice; remove it from them, or the column 'prompt'"
 _USER_TURNS = "user turns inside a completion are scored like the assistant's"
+_UNSTOPPED = (
+    "the chat template closes {% generation %} before the token that ends the assistant's turn, so that stopping is not "
+    "trained; move the tag {% endgeneration %} behind that token"
+)
 
 
 @dataclass(frozen=True)
-class EncodedPair:
-    """Token ids of a pair, not yet cut. The sequences are `prompt + chosen` and `prompt + rejected`."""
+class Encoded:
+    """Token ids of an example, not yet cut. The sequences are `prompt + completion`, for each of the completions.
 
-    example: PreferenceExample
+    `masks` says which tokens of each completion are scored; () is all of them.
+    """
+
+    example: Example
     prompt: Ids
-    chosen: Ids
-    rejected: Ids
+    completions: list[Ids]
+    masks: list[list[bool]]
 
 
-class PairEncoder:
-    """Tokenizes preference rows.
+class Encoder:
+    """Tokenizes examples.
 
     Plain rows: prompt and completion are tokenized as one text, EOS appended unless the text has it. Conversational rows:
     rendered by the chat template; EOS is appended only if the template writes nothing after the assistant's turn. The
-    completion starts where the ids of the prompt and of either sequence part.
+    completion starts where the ids of the prompt and of any of the sequences part, or at the first scored token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
@@ -53,18 +60,20 @@ class PairEncoder:
         self._special = tuple(special | set(tokenizer.all_special_tokens))
         self._shared_ids = list(range(self.vocab_size))  # one int object per id: a stored token costs 8 bytes, not 36
 
-    def encode(self, examples: Sequence[PreferenceExample]) -> list[EncodedPair | DataError]:
+    def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
         """One result per example, in order: its ids, or the error that names it."""
-        results: dict[int, EncodedPair | DataError] = {}
+        results: dict[int, Encoded | DataError] = {}
         for conversational in (False, True):
-            group = [i for i, example in enumerate(examples) if example.conversational == conversational]
             texts: list[str] = []
-            rendered: list[int] = []
-            to_texts: Callable[[PreferenceExample], list[str]] = self._render if conversational else self._plain
-            for i in group:
+            rendered: list[tuple[int, slice]] = []
+            to_texts: Callable[[Example], list[str]] = self._render if conversational else self._plain
+            for i, example in enumerate(examples):
+                if example.conversational != conversational:
+                    continue
                 try:
-                    texts += to_texts(examples[i])
-                    rendered.append(i)
+                    start = len(texts)
+                    texts += to_texts(example)
+                    rendered.append((i, slice(start, len(texts))))
                 except DataError as error:
                     results[i] = error
             if not texts:
@@ -76,9 +85,9 @@ class PairEncoder:
                 return_token_type_ids=False,
                 verbose=False,
             )["input_ids"]
-            for k, i in enumerate(rendered):
+            for i, rows in rendered:
                 try:
-                    results[i] = self._pair(examples[i], texts[3 * k : 3 * k + 3], ids[3 * k : 3 * k + 3])
+                    results[i] = self._encoded(examples[i], texts[rows], ids[rows])
                 except DataError as error:
                     results[i] = error
         return [results[i] for i in range(len(examples))]
@@ -94,31 +103,29 @@ class PairEncoder:
         )
         return self.notices + Counter({notice: self.moved.total()})
 
-    def _plain(self, example: PreferenceExample) -> list[str]:
-        prompt, chosen, rejected = str(example.prompt), str(example.chosen), str(example.rejected)
-        if len(prompt) > 15 and chosen.startswith(prompt) and rejected.startswith(prompt):
+    def _plain(self, example: Example) -> list[str]:
+        """The prompt, and the sequences with their EOS."""
+        prompt, completions = str(example.prompt or ""), [str(completion) for completion in example.completions]
+        if len(prompt) > 15 and all(completion.startswith(prompt) for completion in completions):
             self.notices[_REPEATED] += 1
-        return [prompt, *(prompt + (text if text.endswith(self._eos) else text + self._eos) for text in (chosen, rejected))]
+        return [prompt, *(prompt + (text if text.endswith(self._eos) else text + self._eos) for text in completions)]
 
-    def _render(self, example: PreferenceExample) -> list[str]:
+    def _render(self, example: Example) -> list[str]:
+        """The prompt as it is before an answer, and the sequences."""
         require_chat_template(self.tokenizer, example.place)
-        prompt, chosen, rejected = (self._messages(turns) for turns in (example.prompt, example.chosen, example.rejected))
-        if any(message["role"] == "user" for message in (*chosen, *rejected)):
+        prompt = self._messages(example.prompt or [])
+        completions = [self._messages(turns) for turns in example.completions]
+        if example.scored == "completion" and any(message["role"] == "user" for turns in completions for message in turns):
             self.notices[_USER_TURNS] += 1
-        texts = [
-            self._template(example, prompt, add_generation_prompt=True),
-            self._template(example, prompt + chosen),
-            self._template(example, prompt + rejected),
-        ]
+        texts = ["" if example.prompt is None else str(self._template(example, prompt, tokenize=False, add_generation_prompt=True))]
+        texts += [str(self._template(example, prompt + turns, tokenize=False)) for turns in completions]
         for text in texts:
             check_text(f"{example.place}: the rendered messages", text)
         return texts
 
-    def _template(self, example: PreferenceExample, messages: list[Message], **options: Any) -> str:
+    def _template(self, example: Example, messages: list[Message], **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                messages, tools=example.tools, tokenize=False, **options, **dict(example.template_kwargs)
-            )
+            return self.tokenizer.apply_chat_template(messages, tools=example.tools, **options, **dict(example.template_kwargs))
         except Exception as error:  # a template is a program of the user's
             roles = ", ".join(message["role"] for message in messages)
             raise TemplateError(f"{example.place}: the chat template cannot render the messages ({roles}): {error}") from error
@@ -131,25 +138,35 @@ class PairEncoder:
     def _traits(self) -> TemplateTraits:
         return TemplateTraits.of(self.tokenizer)
 
-    def _pair(self, example: PreferenceExample, texts: list[str], ids: list[Ids]) -> EncodedPair:
-        prompt, chosen, rejected = ids
+    def _encoded(self, example: Example, texts: list[str], ids: list[Ids]) -> Encoded:
+        prompt, *sequences = ids
         if not example.conversational:
             if self._adds_eos:  # the text has its EOS already, and a prompt has none
-                prompt, chosen, rejected = prompt[:-1], chosen[:-1], rejected[:-1]
-            if chosen[-1] != self._eos_id or rejected[-1] != self._eos_id:
+                prompt, sequences = prompt[:-1], [sequence[:-1] for sequence in sequences]
+            if any(sequence[-1:] != [self._eos_id] for sequence in sequences):
                 raise TemplateError(
                     f"{example.place}: the tokenizer does not read its own EOS text {self._eos!r} as one token; "
                     'mark it "special" under added_tokens in tokenizer.json'
                 )
         else:
-            chosen, rejected = (self._ended(text, full) for text, full in zip(texts[1:], (chosen, rejected)))
-        start = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
+            sequences = [self._ended(text, full) for text, full in zip(texts[1:], sequences)]
+        start = min(common_prefix_length(prompt, sequence) for sequence in sequences)
         if start < len(prompt):
             self._moved(example, texts, prompt, start)
+        masks: list[list[bool]] = []
+        if example.scored == "all":
+            start = 0
+        elif example.scored != "completion":
+            [sequence] = sequences
+            mask = self._assistant_mask(example, sequence)
+            if example.scored == "assistant_in_completion":
+                mask[:start] = [False] * start
+            start = mask.index(True) if True in mask else len(mask)
+            masks = [mask[start:]]
         share = self._shared_ids.__getitem__
         try:
-            return EncodedPair(
-                example, list(map(share, prompt[:start])), list(map(share, chosen[start:])), list(map(share, rejected[start:]))
+            return Encoded(
+                example, list(map(share, sequences[0][:start])), [list(map(share, sequence[start:])) for sequence in sequences], masks
             )
         except IndexError:
             worst = max(max(part, default=0) for part in ids)
@@ -174,11 +191,34 @@ class PairEncoder:
             ] += 1
         return ids
 
-    def _moved(self, example: PreferenceExample, texts: list[str], prompt: Ids, start: int) -> None:
+    def _assistant_mask(self, example: Example, sequence: Ids) -> list[bool]:
+        """Which tokens of a conversation the template marks as the assistant's, the EOS that was appended included."""
+        messages = self._messages([*(example.prompt or []), *example.completions[0]])  # type: ignore[list-item]
+        if not self.tokenizer.is_fast:
+            raise TemplateError(
+                f"{example.place}: data.assistant_only needs a tokenizer that knows where its tokens are in the text (tokenizer.json)"
+            )
+        if not has_marks(self.tokenizer):
+            raise TemplateError(f"{example.place}: {missing_marks(self.tokenizer)}")
+        marked = self._template(example, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        mask = [bool(token) for token in marked["assistant_masks"]]
+        assert list(marked["input_ids"]) == sequence[: len(mask)], "the template renders the same text again"
+        if not any(mask):
+            raise TemplateError(f"{example.place}: {missing_marks(self.tokenizer)}")
+        last = len(mask) - 1 - mask[::-1].index(True)
+        if last + 1 < len(mask) and sequence[last] not in self.tokenizer.all_special_ids and sequence[last + 1] in self._stops:
+            self.notices[_UNSTOPPED] += 1
+        return mask + [True] * (len(sequence) - len(mask))
+
+    @cached_property
+    def _stops(self) -> frozenset[int]:
+        return frozenset({*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()})
+
+    def _moved(self, example: Example, texts: list[str], prompt: Ids, start: int) -> None:
         """Tokens at the prompt's end that the sequences do not have: a notice, or an error if they are the user's words."""
         tail = decode(self.tokenizer, prompt[start:])
         if example.conversational:
-            bare = self._template(example, self._messages(example.prompt))
+            bare = self._template(example, self._messages(example.prompt or []), tokenize=False)
             words = texts[0][: common_prefix_length(bare, texts[0])].rstrip()
             for full in texts[1:]:
                 same = common_prefix_length(texts[0], full)

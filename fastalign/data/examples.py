@@ -1,45 +1,61 @@
-"""One row of preference data, checked and brought into one shape: prompt, chosen, rejected, each text or messages."""
+"""A row of data in one shape for every kind of training: a prompt and its completions, each text or messages."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from fastalign.data.config import COLUMNS
-from fastalign.data.messages import Turns, check_turns, common_prefix_length, has_text
+from fastalign.data.config import DataConfig
+from fastalign.data.messages import Turns, check_turns
 from fastalign.data.sources import Row, kind_of
 from fastalign.errors import DataError
 
-_PROMPT_ALIASES = ("question", "instruction", "query", "input", "context", "prompts")
 _TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
 
 
 @dataclass(frozen=True)
-class PreferenceExample:
-    """A valid row. `prompt`, `chosen` and `rejected` are all text or all message lists; `index` counts rows from 0."""
+class Example:
+    """A valid row. The prompt and the completions are all text or all message lists.
+
+    Without a prompt (None) the one completion is a whole text or conversation. `index` counts examples from 0, `scored`
+    says which tokens are labels, `labels` and `margin` are those of `Sample`.
+    """
 
     place: str
     index: int
-    prompt: Turns
-    chosen: Turns
-    rejected: Turns
+    prompt: Turns | None
+    completions: tuple[Turns, ...]
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    labels: tuple[float, ...] = ()
+    margin: float = 0.0
+    scored: Literal["completion", "all", "assistant", "assistant_in_completion"] = "completion"
 
     @property
     def conversational(self) -> bool:
-        return not isinstance(self.prompt, str)
+        return not isinstance(self.completions[0], str)
 
     def prompt_key(self) -> bytes:
-        """Digest that is equal for equal prompts (text or messages, with their tools)."""
-        text = json.dumps([self.prompt, self.tools], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).digest()
+        """Digest that is equal for equal prompts (text or messages, with their tools).
+
+        The prompt of a whole conversation is what comes before the assistant first speaks; that of a text is the text.
+        """
+        prompt = self.prompt
+        if prompt is None:
+            prompt = self.completions[0]
+            if not isinstance(prompt, str):
+                prompt = prompt[: next((i for i, message in enumerate(prompt) if message["role"] == "assistant"), None)]
+        return _digest([prompt, self.tools])
+
+    def content_key(self) -> bytes:
+        """Digest that is equal for examples with the same prompt, completions and labels."""
+        return _digest([self.prompt, self.tools, self.template_kwargs, self.completions, self.labels, self.margin])
 
 
 class Dropped(NamedTuple):
@@ -49,42 +65,108 @@ class Dropped(NamedTuple):
     reason: str
 
 
-def parse_example(place: str, index: int, row: Row, columns: Mapping[str, str]) -> PreferenceExample | Dropped:
-    """Checks one row and splits off its prompt, explicit or implicit as TRL's `extract_prompt` finds it.
+Parse = Callable[[str, int, Row, Any], Sequence[Example | Dropped]]  # (place, index of the first example, row, config)
 
-    `columns` maps our column names to the row's. Returns Dropped for an empty or identical pair; raises DataError, naming
-    place, column and remedy, for a row that is malformed.
-    """
-    names = {name: columns.get(name, name) for name in COLUMNS}
-    for name in ("chosen", "rejected", *columns):
-        if names[name] not in row:
-            raise DataError(f"{place}: column {names[name]!r} is missing{_missing_hint(row, name, names)}")
-    _refuse_misspelt_prompt(place, row, names)
-    chosen = check_turns(place, names["chosen"], row[names["chosen"]])
-    rejected = check_turns(place, names["rejected"], row[names["rejected"]])
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise DataError(
-            f"{place}: column {names['chosen']!r} is {kind_of(chosen)} but {names['rejected']!r} is {kind_of(rejected)}; "
-            "give both as text or both as messages"
-        )
-    tools = _tools(place, names["tools"], row.get(names["tools"]))
-    template_kwargs = _template_kwargs(place, names["chat_template_kwargs"], row.get(names["chat_template_kwargs"]))
-    weight = _weight(place, names["weight"], row.get(names["weight"], 1.0) if names["weight"] in row else 1.0)
-    prompt = check_turns(place, names["prompt"], row[names["prompt"]]) if names["prompt"] in row else None
-    if prompt is not None and not has_text(prompt):
-        raise DataError(f"{place}: column {names['prompt']!r}: the prompt is empty; give a prompt or remove the row")
-    if reason := _drop_reason(chosen, rejected, weight):
-        return Dropped(place, reason)
-    prompt, chosen, rejected = _with_prompt(place, names, prompt, chosen, rejected)
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        if turns and not isinstance(turns, str) and turns[-1]["role"] in ("user", "system", "developer"):
+
+class Fields:
+    """One row under our column names. Every error names the place, the column as the data calls it, and the remedy."""
+
+    def __init__(self, place: str, row: Row, config: DataConfig) -> None:
+        self.place, self.row, self.config = place, row, config
+        self.names = {name: config.columns.get(name, name) for name in config.column_names}
+
+    def __contains__(self, name: str) -> bool:
+        return self.names[name] in self.row
+
+    def where(self, name: str) -> str:
+        return f"{self.place}: column {self.names[name]!r}"
+
+    def require(self, *names: str) -> None:
+        """Raises DataError for the first of `names`, or of the columns that the user has renamed, that the row lacks."""
+        for name in (*names, *self.config.columns):
+            if name not in self:
+                raise DataError(f"{self.where(name)} is missing{self._missing_hint(name, names)}")
+
+    def value(self, name: str, default: Any = None) -> Any:
+        return self.row.get(self.names[name], default)
+
+    def turns(self, name: str) -> Turns:
+        return check_turns(self.place, self.names[name], self.row[self.names[name]])
+
+    def number(self, name: str, remedy: str) -> float:
+        return self.as_number(self.where(name), self.row[self.names[name]], remedy)
+
+    @staticmethod
+    def as_number(where: str, value: Any, remedy: str) -> float:
+        """`value` as a finite float; booleans and text are no numbers."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DataError(f"{where}: expected a number, got {kind_of(value)}; {remedy}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise DataError(f"{where}: expected a finite number, got {kind_of(value)}; {remedy}")
+        return number
+
+    def options(self) -> dict[str, Any]:
+        """What every kind of row may carry: tools, template_kwargs and weight, as `Example` names them."""
+        return {"tools": self._tools(), "template_kwargs": self._template_kwargs(), "weight": self._weight()}
+
+    def _tools(self) -> list[Any] | None:
+        value, where = self.value("tools"), self.where("tools")
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: text that is not JSON ({error}); give a list of tool schemas") from error
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)) or not all(isinstance(tool, dict) for tool in value):
+            raise DataError(f"{where}: expected a list of tool schemas (objects) or its JSON text, got {kind_of(value)}")
+        return list(value)
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        value, where = self.value("chat_template_kwargs"), self.where("chat_template_kwargs")
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: expected an object such as {{'enable_thinking': false}}, got {kind_of(value)}")
+        for name in _TEMPLATE_ARGUMENTS:
+            if name in value:
+                raise DataError(f"{where}: {name!r} is set by the trainer; remove it")
+        return {name: item for name, item in value.items() if item is not None}
+
+    def _weight(self) -> float:
+        if "weight" not in self:
+            return 1.0
+        remedy = "give a finite number, 0 or more, or leave the column out"
+        weight = self.number("weight", remedy)
+        if weight < 0:
             raise DataError(
-                f"{place}: column {names[name]!r}: the last message has role {turns[-1]['role']!r}, expected 'assistant'; "
-                "a completion ends with what the model should say, so remove what follows it"
+                f"{self.where('weight')}: expected a finite number of at least 0, got {kind_of(self.value('weight'))}; {remedy}"
             )
-    if reason := _drop_reason(chosen, rejected, weight):
-        return Dropped(place, reason)
-    return PreferenceExample(place, index, prompt, chosen, rejected, tools, template_kwargs, weight)
+        return weight
+
+    def near_miss(self, name: str, cutoff: float = 0.7) -> list[str]:
+        """Columns of the row that are none of ours and look like a misspelt `name`."""
+        others = [key for key in self.row if key not in self.names.values()]
+        return get_close_matches(self.names[name], others, n=1, cutoff=cutoff)
+
+    def _missing_hint(self, name: str, required: Sequence[str]) -> str:
+        have = ", ".join(repr(key) for key in self.row) or "none"
+        missing, config = self.names[name], self.config
+        near = self.near_miss(name) or [key for key in self.row if key not in self.names.values() and key.startswith(missing)]
+        if near:
+            meant = f": did you mean {name!r}? Rename it, or set" if missing == name else "; set"
+            return f", but there is {near[0]!r}{meant} data.columns {{{name}: {near[0]}}}"
+        if missing != name:
+            return f" (columns: {have}); data.columns says that {name!r} is there"
+        if looks := describe_format(set(self.row)):
+            return f" (columns: {have}); these look like {looks}, while {config.purpose} needs {config.needs}"
+        if any(other in self for other in required):
+            return f" (columns: {have}); {config.purpose} needs {config.needs}"
+        return f" (columns: {have}); {config.purpose} needs {config.needs}: rename columns with data.columns"
 
 
 def describe_format(columns: set[str]) -> str | None:
@@ -93,8 +175,12 @@ def describe_format(columns: set[str]) -> str | None:
         return "unpaired preference (KTO) rows: a prompt, one completion and a label"
     if {"prompt", "completions", "labels"} <= columns:
         return "stepwise supervision (process reward) rows"
+    if {"prompt", "completions"} <= columns:
+        return "ranked completions"
     if {"messages", "rejected_response"} <= columns:
         return "ms-swift preference rows: 'messages' with the chosen answer and a 'rejected_response'"
+    if {"chosen", "rejected"} <= columns:
+        return "preference pairs"
     if {"prompt", "completion"} <= columns:
         return "prompt-completion (SFT) rows"
     if {"instruction", "output"} <= columns:
@@ -105,123 +191,19 @@ def describe_format(columns: set[str]) -> str | None:
         return "conversations for SFT"
     if "text" in columns:
         return "text for SFT or pretraining"
-    if "prompt" in columns and not columns & {"chosen", "rejected"}:
+    if "prompt" in columns and not columns & {"chosen", "rejected", "completion"}:
         return "prompts only (GRPO, PPO)"
     return None
 
 
-def _missing_hint(row: Row, name: str, names: Mapping[str, str]) -> str:
-    have = ", ".join(repr(key) for key in row) or "none"
-    others = [key for key in row if key not in names.values()]
-    missing = names[name]
-    near = get_close_matches(missing, others, n=1, cutoff=0.7) or [key for key in others if key.startswith(missing)]
-    if near:
-        meant = f": did you mean {name!r}? Rename it, or set" if missing == name else "; set"
-        return f", but there is {near[0]!r}{meant} data.columns {{{name}: {near[0]}}}"
-    if missing != name:
-        return f" (columns: {have}); data.columns says that {name!r} is there"
-    if looks := describe_format(set(row)):
-        return f" (columns: {have}); these look like {looks}, while preference training needs 'prompt', 'chosen' and 'rejected'"
-    if {"chosen", "rejected"} & set(row):
-        return f" (columns: {have}); every pair needs both 'chosen' and 'rejected'"
-    return f" (columns: {have}); preference rows have 'prompt', 'chosen' and 'rejected': rename columns with data.columns"
-
-
-def _refuse_misspelt_prompt(place: str, row: Row, names: Mapping[str, str]) -> None:
-    """Without `prompt` the prompt is what chosen and rejected share, which would hide a column that was meant to be it."""
-    if names["prompt"] in row:
-        return
-    others = [key for key in row if key not in names.values()]
-    near = get_close_matches(names["prompt"], others, n=1, cutoff=0.75)
-    if not near and isinstance(row[names["chosen"]], str):
-        near = [key for key in others if key.lower() in _PROMPT_ALIASES][:1]
-    if near:
+def check_ending(where: str, turns: Turns) -> None:
+    """Raises DataError when messages that the model should learn to write end with somebody else's."""
+    if turns and not isinstance(turns, str) and turns[-1]["role"] in ("user", "system", "developer"):
         raise DataError(
-            f"{place}: column {names['prompt']!r} is missing, but there is {near[0]!r}; rename it or set "
-            f"data.columns {{prompt: {near[0]}}}, or remove it if chosen and rejected both begin with the prompt"
+            f"{where}: the last message has role {turns[-1]['role']!r}, expected 'assistant'; "
+            "a completion ends with what the model should say, so remove what follows it"
         )
 
 
-def _tools(place: str, column: str, value: Any) -> list[Any] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: column {column!r}: text that is not JSON ({error}); give a list of tool schemas") from error
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError(f"{place}: column {column!r}: expected a list of tool schemas (objects) or its JSON text, got {kind_of(value)}")
-    return list(value)
-
-
-def _template_kwargs(place: str, column: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: column {column!r}: expected an object such as {{'enable_thinking': false}}, got {kind_of(value)}")
-    for name in _TEMPLATE_ARGUMENTS:
-        if name in value:
-            raise DataError(f"{place}: column {column!r}: {name!r} is set by the trainer; remove it")
-    return {name: item for name, item in value.items() if item is not None}
-
-
-def _weight(place: str, column: str, value: Any) -> float:
-    remedy = "give a finite number, 0 or more, or leave the column out"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise DataError(f"{place}: column {column!r}: expected a number, got {kind_of(value)}; {remedy}")
-    try:
-        weight = float(value)
-    except OverflowError:
-        weight = math.inf
-    if not 0.0 <= weight < math.inf:
-        raise DataError(f"{place}: column {column!r}: expected a finite number of at least 0, got {kind_of(value)}; {remedy}")
-    return weight
-
-
-def _drop_reason(chosen: Turns, rejected: Turns, weight: float) -> str | None:
-    if not has_text(chosen):
-        return "chosen is empty"
-    if not has_text(rejected):
-        return "rejected is empty"
-    if chosen == rejected:
-        return "chosen and rejected are identical"
-    if not weight:
-        return "weight is 0"
-    return None
-
-
-def _with_prompt(place: str, names: Mapping[str, str], prompt: Turns | None, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
-    if prompt is None:
-        return _split_prompt(place, names, chosen, rejected)
-    if isinstance(prompt, str) != isinstance(chosen, str):
-        if isinstance(prompt, str) and common_prefix_length(chosen, rejected):
-            return _split_prompt(place, names, chosen, rejected)  # the prompt column only repeats what the messages hold
-        wanted = '[{"role": "user", "content": ...}]' if isinstance(prompt, str) else "text"
-        raise DataError(
-            f"{place}: column {names['prompt']!r} is {kind_of(prompt)} but {names['chosen']!r} is {kind_of(chosen)}; "
-            f"give all three as text or all as messages (the prompt as {wanted})"
-        )
-    if not isinstance(prompt, str):
-        for name, turns in (("chosen", chosen), ("rejected", rejected)):
-            if turns[: len(prompt)] == prompt:
-                raise DataError(
-                    f"{place}: column {names[name]!r} repeats the messages of {names['prompt']!r}, which would train on the prompt twice; "
-                    f"remove the column {names['prompt']!r} or the repeated messages"
-                )
-    return prompt, chosen, rejected
-
-
-def _split_prompt(place: str, names: Mapping[str, str], chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
-    """The common beginning is the prompt; a space before the completions belongs to them, as in TRL's `extract_prompt`."""
-    length = common_prefix_length(chosen, rejected)
-    if length == min(len(chosen), len(rejected)):
-        length -= 1  # one continues the other: its last item stays a completion
-    elif length and chosen[length - 1] == " ":
-        length -= 1
-    if not has_text(chosen[:length]):
-        raise DataError(
-            f"{place}: no column {names['prompt']!r}, and {names['chosen']!r} and {names['rejected']!r} share no beginning "
-            f"to serve as the prompt; add a column {names['prompt']!r}"
-        )
-    return chosen[:length], chosen[length:], rejected[length:]
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()

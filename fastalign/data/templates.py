@@ -45,6 +45,25 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> Non
         )
 
 
+def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template marks what the assistant says with {% generation %}."""
+    return bool(_GENERATION_TAG.search(str(tokenizer.chat_template)))
+
+
+def missing_marks(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why a template marks nothing of a conversation as the assistant's, the lines to change, and how."""
+    template = str(tokenizer.chat_template)
+    remedy = (
+        "put {% generation %} before what the assistant writes and {% endgeneration %} behind the token that ends its turn, in a "
+        "file for data.chat_template, or train on all turns with data.assistant_only false"
+    )
+    if not has_marks(tokenizer):
+        found = [f"line {n}: {line.strip()[:120]!r}" for n, line in enumerate(template.splitlines(), 1) if "assistant" in line]
+        shown = "; ".join(found[:3]) or repr(template[:120])
+        return f"the chat template does not mark what the assistant says: it has no {{% generation %}} tag ({shown}); {remedy}"
+    return f"the chat template has {{% generation %}} tags, but they enclose nothing in this conversation; {remedy}"
+
+
 @dataclass(frozen=True)
 class TemplateTraits:
     """How a template renders a question and an answer."""

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fastalign.data.preferences import PreferenceData, load_preferences
+from fastalign.data.preferences import load_preferences
+from fastalign.data.samples import Samples
 from fastalign.losses import PREFERENCE_LOSSES
 from fastalign.models.heads import head_spec
 from fastalign.models.reference import Reference, build_reference
@@ -47,7 +48,7 @@ class DPOConfig(RunConfig):
         if self.label_smoothing and self.loss_type != "sigmoid":
             self._require("label_smoothing", False, f"0 with loss_type={self.loss_type}: only sigmoid has a smoothed form")
 
-    def load_data(self, tokenizer: Any, vocab_size: int | None) -> PreferenceData:
+    def load_data(self, tokenizer: Any, vocab_size: int | None) -> Samples:
         return load_preferences(self.data, tokenizer, vocab_size=vocab_size)
 
     def objective(self, model: Any, data: Dataset, folder: Path) -> DPO:

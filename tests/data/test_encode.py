@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from trl_preprocessing import Scored, trl_pairs
 
 from fastalign.data.config import DataConfig
-from fastalign.data.preferences import PreferenceData, load_preferences
+from fastalign.data.preferences import load_preferences
+from fastalign.data.samples import Samples
 from fastalign.errors import DataError, TemplateError
 from fastalign.packing import collate
 from fastalign.types import IGNORE_INDEX, Sample
@@ -42,7 +43,7 @@ RESULT = {"role": "tool", "content": "lamp"}
 TOOL = {"type": "function", "function": {"name": "mend", "description": "mends", "parameters": {"type": "object", "properties": {}}}}
 
 
-def load(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> PreferenceData:
+def load(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> Samples:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options.setdefault("max_length", None)

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.data_utils import extract_prompt, maybe_extract_prompt
 
-from fastalign.data.examples import Dropped, PreferenceExample, parse_example
+from fastalign.data.config import DataConfig
+from fastalign.data.examples import Dropped, Example
+from fastalign.data.preferences import parse_pair
 from fastalign.errors import DataError
 
 PLACE = "pairs.jsonl:7"
@@ -21,14 +23,15 @@ PLAIN = {"prompt": "old river", "chosen": " holds", "rejected": " bread"}
 CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
 
 
-def parse(row: dict[str, Any], **columns: str) -> PreferenceExample:
-    example = parse_example(PLACE, 6, row, columns)
-    assert isinstance(example, PreferenceExample)
+def parse(row: dict[str, Any], **columns: str) -> Example:
+    [example] = parse_pair(PLACE, 6, row, DataConfig(columns=columns))
+    assert isinstance(example, Example)
     return example
 
 
-def turns(example: PreferenceExample) -> dict[str, Any]:
-    return {"prompt": example.prompt, "chosen": example.chosen, "rejected": example.rejected}
+def turns(example: Example) -> dict[str, Any]:
+    chosen, rejected = example.completions
+    return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ DROPPED = {
 @pytest.mark.parametrize("reason", DROPPED)
 def test_rows_that_teach_nothing_are_dropped(reason: str) -> None:
     for row in DROPPED[reason]:
-        assert parse_example(PLACE, 6, row, {}) == Dropped(PLACE, reason)
+        assert parse_pair(PLACE, 6, row, DataConfig()) == [Dropped(PLACE, reason)]
 
 
 def say(role: str, **message: Any) -> list[dict[str, Any]]:
@@ -117,7 +120,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "column 'chosen' is missing, but there is 'choosen': did you mean 'chosen'?",
     ),
     "suffixed": ({"prompt": "a", "chosen_text": "b", "rejected_text": "c"}, "set data.columns {chosen: chosen_text}"),
-    "one_side": ({"prompt": "a", "chosen": "b"}, "column 'rejected' is missing (columns: 'prompt', 'chosen'); every pair needs both"),
+    "one_side": ({"prompt": "a", "chosen": "b"}, "column 'rejected' is missing (columns: 'prompt', 'chosen'); preference training needs"),
     "kto": ({"prompt": "a", "completion": "b", "label": True}, "these look like unpaired preference (KTO) rows"),
     "sft": ({"prompt": "a", "completion": "b"}, "these look like prompt-completion (SFT) rows"),
     "messages": ({"messages": [USER, GOOD]}, "these look like conversations for SFT"),
@@ -127,7 +130,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "prompts": ({"prompt": "a", "answer": "b"}, "these look like prompts only (GRPO, PPO)"),
     "steps": ({"prompt": "a", "completions": ["b"], "labels": [True]}, "these look like stepwise supervision"),
     "swift": ({"messages": [USER, GOOD], "rejected_response": "b"}, "these look like ms-swift preference rows"),
-    "no_columns": ({}, "column 'chosen' is missing (columns: none); preference rows have 'prompt', 'chosen' and 'rejected'"),
+    "no_columns": ({}, "column 'chosen' is missing (columns: none); preference training needs 'prompt', 'chosen' and 'rejected': rename"),
     "misspelt_prompt": ({"promt": "a", "chosen": "ab", "rejected": "ac"}, "column 'prompt' is missing, but there is 'promt'; rename it"),
     "prompt_alias": (
         {"question": "q", "chosen": "The a", "rejected": "The b"},
@@ -153,7 +156,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "text_prompt": (
         {**CHAT, "prompt": "a"},
-        "column 'prompt' is text but 'chosen' is a list of objects; give all three as text or all as messages",
+        "column 'prompt' is text but 'chosen' is a list of objects; give all as text or all as messages",
     ),
     "chat_prompt": ({**PLAIN, "prompt": [USER]}, "column 'prompt' is a list of objects but 'chosen' is text"),
     "prompt_repeated": (
@@ -200,9 +203,9 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "weight_text": ({**PLAIN, "weight": "1"}, "column 'weight': expected a number, got text; give a finite number, 0 or more"),
     "weight_null": ({**PLAIN, "weight": None}, "column 'weight': expected a number, got null"),
     "weight_boolean": ({**PLAIN, "weight": True}, "column 'weight': expected a number, got the boolean true"),
-    "weight_nan": ({**PLAIN, "weight": float("nan")}, "column 'weight': expected a finite number of at least 0, got the number nan"),
+    "weight_nan": ({**PLAIN, "weight": float("nan")}, "column 'weight': expected a finite number, got the number nan"),
     "weight_negative": ({**PLAIN, "weight": -1}, "column 'weight': expected a finite number of at least 0, got the number -1"),
-    "weight_huge": ({**PLAIN, "weight": 10**400}, "column 'weight': expected a finite number of at least 0, got a huge integer"),
+    "weight_huge": ({**PLAIN, "weight": 10**400}, "column 'weight': expected a finite number, got a huge integer"),
 }
 
 
@@ -210,7 +213,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 def test_malformed_rows_are_named_with_column_and_remedy(case: str) -> None:
     row, expected = ERRORS[case]
     with pytest.raises(DataError) as error:
-        parse_example(PLACE, 6, row, {})
+        parse_pair(PLACE, 6, row, DataConfig())
     assert str(error.value).startswith(PLACE + ": ")
     assert expected in str(error.value)
 

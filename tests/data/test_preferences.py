@@ -16,7 +16,8 @@ import torch
 from tiny import EOS, preference_rows, save_tiny, tiny_tokenizer
 
 from fastalign.data.config import DataConfig
-from fastalign.data.preferences import PreferenceData, fingerprint, load_preferences
+from fastalign.data.preferences import load_preferences
+from fastalign.data.samples import Samples, fingerprint
 from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
 from fastalign.errors import ConfigError, DataError, TemplateError
 from fastalign.types import Sample
@@ -30,7 +31,7 @@ def write(folder: Path, rows: list[dict[str, Any]], name: str = "pairs.jsonl") -
     return str(path)
 
 
-def load(path: str, **options: Any) -> PreferenceData:
+def load(path: str, **options: Any) -> Samples:
     return load_preferences(DataConfig(path=path, **options), TOKENIZER, vocab_size=len(TOKENIZER))
 
 
@@ -68,7 +69,7 @@ def test_drops_are_counted_with_their_reasons_and_first_place(tmp_path: Path, ca
     path = write(tmp_path, rows)
     report = load(path, max_length=60).report
     assert report.rows == 10
-    assert report.pairs == 4
+    assert report.samples == 4
     assert report.dropped == {
         "chosen is empty": 1,
         "rejected is empty": 1,
@@ -205,7 +206,7 @@ OPTIONS = {
     "data.eval_fraction must be in [0, 1), got 1.0": {"eval_fraction": 1.0},
     "leave out either it or data.eval_path": {"eval_fraction": 0.1, "eval_path": "b.jsonl"},
     "data.max_length must be at least 2": {"max_length": 1},
-    "data.truncation must be 'keep_start' or 'keep_end', got 'end'": {"truncation": "end"},
+    "data.truncation must be 'keep_start', 'keep_end' or 'drop', got 'end'": {"truncation": "end"},
     "data.columns maps 'question', which is not one of our columns: prompt, chosen": {"columns": {"question": "prompt"}},
 }
 
