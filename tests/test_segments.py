@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastalign.segments import segment_mean, segment_sum
+from fastalign.segments import segment_expand, segment_mean, segment_sum
 
 LENGTHS = [0, 3, 0, 1, 5, 0]  # empty at both ends and between, one of one token
 CU = torch.tensor([0, 0, 3, 3, 4, 9, 9], dtype=torch.int32)
@@ -67,3 +67,15 @@ def test_wrong_shapes_are_named(values: torch.Tensor, mask: torch.Tensor | None,
     with pytest.raises(ValueError, match=r"must be") as error:
         segment_sum(values, torch.tensor([0, 2], dtype=torch.int32), mask)
     assert said in str(error.value)
+
+
+def test_expand_gives_each_token_its_segment_and_sums_the_gradient():
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
+    cu_seqlens = torch.tensor([0, 2, 2, 3, 5], dtype=torch.int32)
+    spread = segment_expand(values, cu_seqlens, 5)
+    assert spread.tolist() == [1.0, 1.0, 4.0, 8.0, 8.0]
+    (d,) = torch.autograd.grad((spread * torch.arange(1.0, 6.0)).sum(), values)
+    assert d.tolist() == [3.0, 0.0, 3.0, 9.0]
+    assert segment_expand(values[:0], cu_seqlens[:1], 0).shape == (0,)
+    with pytest.raises(ValueError, match=r"one per segment of cu_seqlens \(S\+1,\): got \(3,\), \(5,\)"):
+        segment_expand(values[:3], cu_seqlens, 5)

@@ -206,12 +206,13 @@ def policy_loss(
     The order is TRL 1.16's: policy term, times `keep`, times `importance_weights` (vespo takes them into its own weight), plus
     the penalty. Gradients go to `logps` and `entropy`. Raises ValueError for unknown names and tensors that do not fit together.
     """
-    spec, level = resolve(name, level, length)
+    spec, level = resolve(name, level, length, kl)
     check_tokens(logps, cu_seqlens, old_logps=old_logps, mask=mask, keep=keep, importance_weights=importance_weights,
                  ref_logps=ref_logps, entropy=entropy, entropy_mask=entropy_mask)  # fmt: skip
     per_token = _per_token(advantages, cu_seqlens, logps)
     if mask is not None:  # a masked NaN has no gradient either
         logps, old_logps, per_token = (x.masked_fill(~mask, 0.0) for x in (logps, old_logps, per_token))
+        importance_weights = None if importance_weights is None else importance_weights.masked_fill(~mask, 1.0)
     log_ratio = logps - old_logps.detach()
     if level != "token":
         log_ratio = sequence_log_ratio(logps, old_logps, cu_seqlens, mask, normalise=level == "sequence")
@@ -237,14 +238,16 @@ def policy_loss(
     return PolicyOutput(loss, *_statistics(spec, log_ratio, per_token, penalty, cu_seqlens, mask, options))
 
 
-def resolve(name: str, level: str | None, length: int | None) -> tuple[PolicyLoss, str]:
-    """The entry of `POLICY_LOSSES` and the level of its importance ratio, or ValueError."""
+def resolve(name: str, level: str | None, length: int | None, kl: str) -> tuple[PolicyLoss, str]:
+    """The entry of `POLICY_LOSSES` and the level of its importance ratio; ValueError for what does not exist."""
     if name not in POLICY_LOSSES:
         raise ValueError(f"no policy loss is called {name!r}; there are {', '.join(POLICY_LOSSES)}")
     spec = POLICY_LOSSES[name]
     level = spec.level if level is None else level
     if level not in ("token", "sequence", "product"):
         raise ValueError(f"level must be token, sequence or product, got {level!r}")
+    if kl not in KL_ESTIMATES:
+        raise ValueError(f"no KL estimate is called {kl!r}; there are {', '.join(KL_ESTIMATES)}")
     if (spec.aggregate is fixed_length) != (length is not None):
         raise ValueError(f"length, the longest completion allowed, belongs to dr_grpo and to no other loss: got {length} for {name}")
     return spec, level
