@@ -20,6 +20,7 @@ _HOMES = {
     "head_spec": "fastalign.models.heads",
     "HeadSpec": "fastalign.models.heads",
     "train": "fastalign.train",
+    "SFTConfig": "fastalign.objectives.sft",
     "DPOConfig": "fastalign.objectives.dpo",
 }
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fastalign.models.heads import head_spec as head_spec
     from fastalign.models.load import load_model as load_model
     from fastalign.objectives.dpo import DPOConfig as DPOConfig
+    from fastalign.objectives.sft import SFTConfig as SFTConfig
     from fastalign.segments import segment_mean as segment_mean
     from fastalign.segments import segment_sum as segment_sum
     from fastalign.train.loop import train as train

@@ -15,13 +15,17 @@ from fastalign import __version__
 from fastalign.errors import ConfigError, FastalignError
 
 # Algorithm -> where its config dataclass lives. `fastalign NAME` trains with it.
-ALGORITHMS = {"dpo": ("fastalign.objectives.dpo", "DPOConfig")}
+ALGORITHMS = {
+    "sft": ("fastalign.objectives.sft", "SFTConfig"),
+    "dpo": ("fastalign.objectives.dpo", "DPOConfig"),
+}
 
 HELP = """\
 usage: fastalign COMMAND [options]
 
-Trains language models from preferences. Every command explains itself: fastalign COMMAND --help
+Trains language models on texts, preferences and rewards. Every command explains itself: fastalign COMMAND --help
 
+  sft          train on texts, conversations or completions: --model.path DIR --data.path FILE --output RUN
   dpo          train on preference pairs (DPO, IPO, hinge): --model.path DIR --data.path FILE --output RUN
   eval         accuracy, margins and loss of a model or run on held-out pairs: --model.path RUN --data.path FILE
   label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint
