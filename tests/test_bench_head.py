@@ -125,7 +125,7 @@ def test_page_says_where_fastalign_is_behind():
     page = head_page.page(rows, CPU)
     assert "| trainable | peer | 5 (9-12) | 6 | 0.62 | 0.50 | 80 |" in page
     assert "| trainable | gone | absent: not installed |" in page
-    for word in ("machine", "versions", "commit", "liger-kernel", "trl 1.16.0"):
+    for word in ("machine", "versions", "commit", "liger-kernel", "trl "):
         assert word in page
 
 
