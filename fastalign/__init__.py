@@ -21,6 +21,7 @@ _HOMES = {
     "HeadSpec": "fastalign.models.heads",
     "train": "fastalign.train",
     "SFTConfig": "fastalign.objectives.sft",
+    "RewardConfig": "fastalign.objectives.reward",
     "DPOConfig": "fastalign.objectives.dpo",
 }
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fastalign.models.heads import head_spec as head_spec
     from fastalign.models.load import load_model as load_model
     from fastalign.objectives.dpo import DPOConfig as DPOConfig
+    from fastalign.objectives.reward import RewardConfig as RewardConfig
     from fastalign.objectives.sft import SFTConfig as SFTConfig
     from fastalign.segments import segment_mean as segment_mean
     from fastalign.segments import segment_sum as segment_sum

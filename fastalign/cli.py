@@ -17,6 +17,7 @@ from fastalign.errors import ConfigError, FastalignError
 # Algorithm -> where its config dataclass lives. `fastalign NAME` trains with it.
 ALGORITHMS = {
     "sft": ("fastalign.objectives.sft", "SFTConfig"),
+    "reward": ("fastalign.objectives.reward", "RewardConfig"),
     "dpo": ("fastalign.objectives.dpo", "DPOConfig"),
 }
 
@@ -26,6 +27,7 @@ usage: fastalign COMMAND [options]
 Trains language models on texts, preferences and rewards. Every command explains itself: fastalign COMMAND --help
 
   sft          train on texts, conversations or completions: --model.path DIR --data.path FILE --output RUN
+  reward       train a reward model on pairs or rankings: --model.path DIR --data.path FILE --output RUN
   dpo          train on preference pairs (DPO, IPO, hinge): --model.path DIR --data.path FILE --output RUN
   eval         accuracy, margins and loss of a model or run on held-out pairs: --model.path RUN --data.path FILE
   label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint

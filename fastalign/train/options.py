@@ -24,7 +24,11 @@ from fastalign.errors import ConfigError
 
 # What people coming from other trainers type; it only feeds the "did you mean" of an unknown option.
 _KNOWN_ELSEWHERE = {
+    "assistant_only_loss": "data.assistant_only",
+    "center_rewards_coefficient": "center_coef",
+    "completion_only_loss": "data.completion_only",
     "dataset_name": "data.path",
+    "label_smoothing_factor": "label_smoothing",
     "adam_eps": "adam_epsilon",
     "lora_r": "lora.r",
     "lora_target_modules": "lora.targets",
