@@ -53,14 +53,16 @@ def linear_logps(
     active          rows whose incoming gradient may be other than 0, such as the tokens with a non-zero advantage; the others
                     reach no gradient GEMM. On a CPU such rows are found without it; on CUDA finding them would sync
     impl            of the passes over logits between the GEMMs. "auto": "triton" on a CUDA or ROCm device if Triton is
-                    installed and hidden is not float64, else "torch". "reference": materialised logits, for tests
+                    installed, "native" on a CPU if the native library is there, else, and for float64, "torch".
+                    "reference": materialised logits, for tests
 
     Rows whose target is `ignore_index` never reach a GEMM, are 0 in every output, and may hold NaN; neither do rows whose
     incoming gradient is 0 reach a gradient GEMM (on CUDA: those that `active` names).
     Log-probs are float32 whatever the input dtype (float64 for float64). Results are bitwise reproducible.
 
     Raises ValueError when shapes, dtypes or devices do not fit, or, on a CPU, a target is outside the vocabulary (on CUDA
-    such a row's log-prob is NaN), or impl "triton" is asked of float64 or of a CPU; DependencyError where Triton is absent.
+    such a row's log-prob is NaN), or impl "triton" or "native" is asked of float64 or of another device; DependencyError
+    where Triton or the native library is absent.
 
     >>> import torch
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)

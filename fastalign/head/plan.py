@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 
 from fastalign.errors import DependencyError
+from fastalign.head import native
 
 SCHEDULES = ("none", "frozen", "slab", "keep", "recompute")
-IMPLEMENTATIONS = ("torch", "triton", "reference")
+IMPLEMENTATIONS = ("torch", "triton", "native", "reference")
 MIN_ROWS = {"cpu": 64, "cuda": 1024}  # fewer rows make a GEMM re-read the weight for too little work
 MAX_ROWS = {"cpu": 1024, "cuda": 8192}  # more rows gain nothing
 MIB = 1 << 20
@@ -91,10 +92,11 @@ def make_plan(
     local_loss          the loss decomposes over row groups and is known while the slab is there (`linear_loss`)
     group_rows          rows of the largest group that a slab may not split
     grad_outputs        differentiable outputs that were asked for
-    impl                "auto": "triton" on a CUDA or ROCm device if Triton is installed and dtype is not float64, else "torch"
+    impl                "auto": "triton" on a CUDA or ROCm device if Triton is installed, "native" on a CPU if the native library is
+                        there (`head.native`), else, and for float64, "torch"
 
     Raises ValueError for a schedule or implementation that cannot serve the request, naming one that can, and
-    DependencyError for impl "triton" without Triton.
+    DependencyError for impl "triton" without Triton or "native" without its library.
     """
     device = torch.device(device)
     impl = _choose_impl(impl, dtype, device)
@@ -150,7 +152,7 @@ def make_plan(
 def explain(rows: int, vocabulary: int, hidden_size: int, **request: object) -> str:
     """What `make_plan` chooses for a request, in words.
 
-    >>> print(explain(4096, 151936, 512, budget=64 * 2**20))
+    >>> print(explain(4096, 151936, 512, budget=64 * 2**20, impl="torch"))
     schedule recompute, impl torch: 8 NVD
       slabs of 103 rows x 151936 columns, 59.7 MiB scratch of 64.0 MiB budget, 0.0 MiB kept
       all logits need 2374.0 MiB, more than the budget
@@ -160,7 +162,11 @@ def explain(rows: int, vocabulary: int, hidden_size: int, **request: object) -> 
 
 def _choose_impl(impl: str, dtype: torch.dtype, device: torch.device) -> str:
     if impl == "auto":
-        return "triton" if device.type == "cuda" and dtype != torch.float64 and _has_triton() else "torch"
+        if dtype == torch.float64:
+            return "torch"
+        if device.type == "cuda" and _has_triton():
+            return "triton"
+        return "native" if device.type == "cpu" and _has_native() else "torch"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "triton":
@@ -175,12 +181,23 @@ def _choose_impl(impl: str, dtype: torch.dtype, device: torch.device) -> str:
                 f"impl 'triton' needs a CUDA or ROCm device, but hidden is on {device}: use impl='torch', "
                 "or set TRITON_INTERPRET=1 before the first use to interpret the kernels (slow, for tests)"
             )
+    if impl == "native":
+        native.library()
+        if dtype == torch.float64:
+            raise ValueError("impl 'native' computes in float32, but hidden is float64: use impl='torch'")
+        if device.type != "cpu":
+            raise ValueError(f"impl 'native' runs on a CPU, but hidden is on {device}: use impl='auto'")
     return impl
 
 
 @lru_cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@lru_cache
+def _has_native() -> bool:
+    return native.find() is not None
 
 
 def _check_schedule(schedule: str, *, hidden_grad: bool, head_grad: bool, local_loss: bool) -> None:

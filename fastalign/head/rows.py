@@ -74,6 +74,10 @@ def rows_of(impl: str) -> Rows:
         from fastalign.head import rows_triton
 
         return cast(Rows, rows_triton)
+    if impl == "native":
+        from fastalign.head import rows_native
+
+        return cast(Rows, rows_native)
     assert impl == "torch", impl
     from fastalign.head import rows_torch
 
