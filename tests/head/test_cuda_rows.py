@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from row_contract import EPS, SIZES, Case, assert_near, assert_outputs
 
 pytest.importorskip("triton", reason="Triton is not installed: its row kernels are unproven here")
-from interpreted_rows import EPS, SIZES, Case, assert_near, assert_outputs
-
 from fastalign.head import rows_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
