@@ -15,12 +15,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from fastalign.data.encode import Encoder
+from fastalign.data.examples import Example
 from fastalign.data.messages import Turns, check_turns
 from fastalign.data.sources import Row, read_rows
+from fastalign.data.tokenizer import load_tokenizer
 from fastalign.errors import ConfigError, DataError, JudgeError, OutputError
+from fastalign.models.trunk import evaluation
+from fastalign.models.value_head import is_reward_model, load_reward_model, scores
+from fastalign.packing import collate
 from fastalign.rollout.judges import CRITERIA, EndpointJudge, Judge, Verdict, load_function
-from fastalign.train.evaluate import wilson
+from fastalign.train.evaluate import locate, wilson
 from fastalign.train.folder import writing
+from fastalign.types import Sample
 
 SCORES, HUMAN, ERROR = "scores", "human_scores", "judge_error"
 
@@ -176,7 +183,7 @@ def build_judge(config: JudgeConfig) -> Judge:
         return load_function(config.function)
     assert config.model is not None
     if config.url is None:
-        raise ConfigError(f"judge.model: {config.model} needs judge.url; name the endpoint that serves it")
+        return RewardModelJudge(config.model)
     return EndpointJudge(
         config.url,
         config.model,
@@ -187,6 +194,31 @@ def build_judge(config: JudgeConfig) -> Judge:
         timeout=config.timeout,
         retries=config.retries,
     )
+
+
+class RewardModelJudge:
+    """A reward model folder, an adapter of one or a run of `fastalign reward`: its score of each completion."""
+
+    def __init__(self, path: str) -> None:
+        folder = locate(path).path
+        if not is_reward_model(folder):
+            raise ConfigError(
+                f"judge.model: {path} is no reward model; train one with fastalign reward, or name an endpoint with judge.url"
+            )
+        self.tokenizer = load_tokenizer(folder)
+        self.encoder = Encoder(self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self.model = load_reward_model(folder, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad)
+        self.fingerprint = f"reward model {path}"
+
+    def __call__(self, prompt: Turns, completions: Sequence[Turns], columns: dict[str, Any]) -> Verdict:
+        [encoded] = self.encoder.encode([Example("the row", 0, prompt, tuple(completions), tools=columns.get("tools"))])
+        if isinstance(encoded, DataError):
+            raise JudgeError(str(encoded)) from encoded
+        sample = Sample(0, tuple(encoded.prompt), tuple(map(tuple, encoded.completions)))
+        with evaluation(self.model):
+            batch = collate([sample]).to(next(self.model.parameters()).device)
+            return Verdict(tuple(scores(self.model, batch).tolist()))
 
 
 def _examples(path: str) -> Iterator[tuple[str, Row]]:

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
 
 from fastalign.cli import main
 from fastalign.errors import ConfigError, DataError, JudgeError, OutputError
 from fastalign.rollout.judges import Verdict
-from fastalign.train.label import JudgeConfig, LabelConfig, label
+from fastalign.train.label import JudgeConfig, LabelConfig, RewardModelJudge, label
 
 ROWS = [
     {"prompt": "why?", "chosen": "because of it", "rejected": "no", "source": "a"},
@@ -177,3 +179,35 @@ def test_kill_and_resume(config, tmp_path):
     assert killed.returncode == -9
     subprocess.run(command, check=True, capture_output=True)
     assert [row["scores"] for row in read(config.output)] == [[13.0, 2.0], [2.0, 13.0], [2.0, 9.0, 2.0], [3.0]]
+
+
+def reward_model(folder):
+    from tiny import tiny_config, tiny_tokenizer
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(tiny_config("qwen3", num_labels=1, pad_token_id=1))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_a_reward_model_judges_as_transformers_would_score(config, tmp_path):
+    model = reward_model(tmp_path / "rm").eval()
+    config.judge = JudgeConfig(model=str(tmp_path / "rm"))
+    figures = label(config)
+    assert figures["failed"] == 0
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "rm")
+    for row in read(config.output):
+        for completion, score in zip(row["completions"], row["scores"]):
+            ids = tokenizer(row["prompt"] + completion + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                assert score == pytest.approx(model(input_ids=ids).logits.item(), rel=1e-4, abs=1e-5)
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    from tiny import tiny_model
+
+    tiny_model("qwen3").save_pretrained(tmp_path / "lm")
+    with pytest.raises(ConfigError, match="is no reward model; train one with fastalign reward"):
+        RewardModelJudge(str(tmp_path / "lm"))
