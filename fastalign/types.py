@@ -33,6 +33,13 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor
 
 
+class UnpairedLoss(NamedTuple):
+    """Unreduced result of a loss on single completions, each (S,)."""
+
+    loss: Tensor
+    rewards: Tensor  # detached, beta * (log pi - log pi_ref)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One tokenized training sample: a prompt and the completions that are scored after it.

@@ -41,7 +41,7 @@ class DPOConfig(RunConfig):
         super().validate()
         self._require("beta", self.beta > 0, "positive")
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-        self._require_choice("loss_type", tuple(PREFERENCE_LOSSES))
+        self._require_choice("loss_type", ("sigmoid", "hinge", "ipo"))
         self._require_choice("reference", ("auto", "adapter", "cache", "copy"))
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "cache, copy or auto when all weights are trained (lora.r 0)")
