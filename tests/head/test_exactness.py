@@ -6,18 +6,22 @@ from problems import ALL_OUTPUTS, make
 from support import assert_close_to_gold, relative_error
 
 import fastalign
+from fastalign.head import native
 
 WHOLE, SLABS, TILES = None, 2 * 301 * 4 * 64, 301 * 4 * 8  # budgets: one slab; slabs of 64 rows or fewer; tiles over the vocabulary
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NATIVE = pytest.mark.skipif(native.find() is None, reason="there is no native library: the operator over its rows is unproven here")
+KINDS = [pytest.param("torch", dtype, id=f"torch-{dtype}") for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
+KINDS += [pytest.param("native", dtype, id=f"native-{dtype}", marks=NATIVE) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
 @pytest.mark.parametrize("rich", [False, True], ids=["plain", "rich"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("impl", "dtype"), KINDS)
 @pytest.mark.parametrize("budget", [WHOLE, TILES], ids=["whole", "tiles"])
-def test_outputs_equal_float64(dtype, budget, rich):
+def test_outputs_equal_float64(impl, dtype, budget, rich):
     problem = make(dtype=dtype, rich=rich)
     with torch.no_grad():
-        out = fastalign.linear_logps(problem.hidden, problem.weight, problem.target, outputs=ALL_OUTPUTS, budget=budget, **problem.options)
+        options = dict(problem.options, outputs=ALL_OUTPUTS, budget=budget, impl=impl)
+        out = fastalign.linear_logps(problem.hidden, problem.weight, problem.target, **options)
         gold = problem.to(torch.float64).reference()
         logits = problem.hidden.double() @ problem.weight.double().T
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -31,12 +35,13 @@ def test_outputs_equal_float64(dtype, budget, rich):
 
 
 @pytest.mark.parametrize("rich", [False, True], ids=["plain", "rich"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("impl", "dtype"), KINDS)
 @pytest.mark.parametrize("how", ["keep", "recompute", "slab"])
 @pytest.mark.parametrize("budget", [WHOLE, SLABS, TILES], ids=["whole", "slabs", "tiles"])
-def test_gradients_equal_float64(how, dtype, budget, rich):
+def test_gradients_equal_float64(how, impl, dtype, budget, rich):
     problem = make(n=150, dtype=dtype, rich=rich)
-    got = problem.slab_gradients(budget=budget) if how == "slab" else problem.gradients(schedule=how, budget=budget)
+    options = {"budget": budget, "impl": impl}
+    got = problem.slab_gradients(**options) if how == "slab" else problem.gradients(schedule=how, **options)
     gold = problem.to(torch.float64)
     gold_gradients = torch.autograd.grad(gold.loss(gold.reference()), gold.leaves)
     for i, (x, base, g) in enumerate(zip(got, problem.plain_gradients(), gold_gradients)):
@@ -47,14 +52,15 @@ def test_gradients_equal_float64(how, dtype, budget, rich):
 
 
 @pytest.mark.parametrize("rich", [False, True], ids=["plain", "rich"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("impl", "dtype"), KINDS)
 @pytest.mark.parametrize("budget", [WHOLE, TILES], ids=["whole", "tiles"])
-def test_frozen_head_equals_float64(dtype, budget, rich):
+def test_frozen_head_equals_float64(impl, dtype, budget, rich):
     problem = make(n=150, dtype=dtype, rich=rich, frozen=True)
     gold = problem.to(torch.float64)
     gold_gradients = torch.autograd.grad(gold.loss(gold.reference()), gold.leaves)
     base = problem.plain_gradients()
-    for got in (problem.gradients(budget=budget, schedule="frozen"), problem.slab_gradients(budget=budget)):
+    options = {"budget": budget, "impl": impl}
+    for got in (problem.gradients(schedule="frozen", **options), problem.slab_gradients(**options)):
         assert len(got) == (2 if rich else 1)
         for x, b, g in zip(got, base, gold_gradients):
             if dtype == torch.float64:
