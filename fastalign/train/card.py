@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,37 @@ from fastalign.train.options import options, shown
 from fastalign.train.report import final_metrics, is_eval, text_of
 
 _SHOWN = (
-    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "num_tokens",
+    "loss", "nll", "mean_token_accuracy", "accuracy", "margin", "mean_reward", "rewards/accuracies", "rewards/margins", "rewards/chosen",
+    "rewards/rejected", "logps/chosen", "logps/rejected", "num_tokens",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What the card of an algorithm says."""
+
+    tag: str  # on the hub
+    data: str  # what the model was trained on
+    noun: str  # of one sample, in the plural
+    note: str  # on the metrics
+
+
+_PREFERENCE = _Method(
+    "preference-optimization",
+    "preferences",
+    "pairs",
+    "Rewards are implicit: beta times the log-ratio to the reference model, in nats; accuracy is the share of pairs whose chosen "
+    "answer has the higher one.",
+)
+_METHODS = {
+    "sft": _Method("sft", "examples", "samples", "Losses are nats per token; exp(nll) is the perplexity."),
+    "reward": _Method(
+        "reward-model",
+        "preferences",
+        "comparisons",
+        "accuracy is the share of pairs whose better answer has the higher score, margin the mean difference of their scores.",
+    ),
+}
 
 _PAPERS = {
     "dpo": ("https://arxiv.org/abs/2305.18290", """@inproceedings{rafailov2023direct,
@@ -28,6 +58,13 @@ _PAPERS = {
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2023},
   url = {https://arxiv.org/abs/2305.18290}
+}"""),
+    "reward": ("https://arxiv.org/abs/2009.01325", """@inproceedings{stiennon2020learning,
+  title = {Learning to Summarize from Human Feedback},
+  author = {Stiennon, Nisan and Ouyang, Long and Wu, Jeffrey and Ziegler, Daniel M. and Lowe, Ryan and Voss, Chelsea and others},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2020},
+  url = {https://arxiv.org/abs/2009.01325}
 }"""),
 }  # fmt: skip
 
@@ -43,7 +80,7 @@ def write_card(run_dir: Path | str, config: Any) -> Path:
     train, evals = [row for row in rows if not is_eval(row)], [row for row in rows if is_eval(row)]
     adapter = (run / "final" / "adapter_config.json").is_file()
     base, data = _public(config.model.path), _public(config.data.path)
-    name = f"{_last(base)}-{config.name}"
+    name, method = f"{_last(base)}-{config.name}", _METHODS.get(config.name, _PREFERENCE)
     table = [
         f"| {metric} | {text_of(mean)} | {text_of(held_out)} |"
         for metric, _, mean, _, held_out in final_metrics(train, evals)
@@ -52,17 +89,14 @@ def write_card(run_dir: Path | str, config: Any) -> Path:
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(config, base, data, adapter), sort_keys=False, allow_unicode=True)}---\n",
         f"# {name}\n",
-        f"{'A LoRA adapter for' if adapter else 'A fine-tuned version of'} `{base}`, trained on the preferences in `{data}` by "
+        f"{'A LoRA adapter for' if adapter else 'A fine-tuned version of'} `{base}`, trained on the {method.data} in `{data}` by "
         f"{config.name.upper()} ({_options_line(config)}) with fastalign {__version__}, "
         f"{train[-1]['step'] if train else 0} optimizer steps.\n",
-        f"## Use\n\n```python\n{_usage(base, adapter)}\n```\n",
+        f"## Use\n\n```python\n{_usage(config.name, adapter)}\n```\n",
         f"## Training\n\n```bash\n{command(config, public=True)}\n```\n",
-        _counts(run / "data.json"),
+        _counts(run / "data.json", method.noun),
         "## Results\n\n| metric | training, end | held out |\n|---|---:|---:|\n" + "\n".join(table) + "\n" if table else "",
-        "Training figures are means over the last tenth of the steps. Rewards are implicit: beta times the log-ratio to the "
-        "reference model, in nats; accuracy is the share of pairs whose chosen answer has the higher one.\n"
-        if table
-        else "",
+        f"Training figures are means over the last tenth of the steps. {method.note}\n" if table else "",
         f"## Versions\n\n{_versions()}\n",
         _citation(config.name),
     ]
@@ -90,8 +124,10 @@ def command(config: Any, *, public: bool = False) -> str:
 
 
 def _front_matter(config: Any, base: str, data: str, adapter: bool) -> dict[str, Any]:
-    front: dict[str, Any] = {"base_model": base, "library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    front["tags"] = ["fastalign", config.name, "preference-optimization", *(["lora"] if adapter else [])]
+    front: dict[str, Any] = {"base_model": base, "library_name": "peft" if adapter else "transformers"}
+    front["pipeline_tag"] = "text-classification" if config.name == "reward" else "text-generation"
+    tags = ["fastalign", config.name, _METHODS.get(config.name, _PREFERENCE).tag, *(["lora"] if adapter else [])]
+    front["tags"] = list(dict.fromkeys(tags))
     if "/" in data and "." not in _last(data):  # a data set of the hub, not a file
         front["datasets"] = [data]
     front["model_name"] = f"{_last(base)}-{config.name}"
@@ -104,26 +140,28 @@ def _options_line(config: Any) -> str:
     return ", ".join(f"{name} {shown(values[name])}" for name in names if values.get(name) not in (None, 0, ""))
 
 
-def _usage(base: str, adapter: bool) -> str:
-    if adapter:
-        return (
-            "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-            'folder = "final"  # this folder, or its name on the hub\n'
-            "model = AutoPeftModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)"
-        )
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "final"  # this folder, or its name on the hub\n'
-        "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)"
-    )
+def _usage(algorithm: str, adapter: bool) -> str:
+    task = "SequenceClassification" if algorithm == "reward" else "CausalLM"
+    auto = f"AutoPeftModelFor{task}" if adapter else f"AutoModelFor{task}"
+    one_score = ", num_labels=1" if adapter and algorithm == "reward" else ""
+    lines = [
+        f"from {'peft' if adapter else 'transformers'} import {auto}",
+        "from transformers import AutoTokenizer\n",
+        'folder = "final"  # this folder, or its name on the hub',
+        f"model = {auto}.from_pretrained(folder{one_score})",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
+    if algorithm == "reward":
+        lines.append('score = model(**tokenizer(text, return_tensors="pt")).logits  # of the prompt with its answer, as it was trained on')
+    return "\n".join(lines)
 
 
-def _counts(path: Path) -> str:
+def _counts(path: Path, noun: str) -> str:
     if not path.is_file():
         return ""
     counts = json.loads(path.read_text(encoding="utf-8"))
     dropped = counts.get("dropped") or {}
-    lines = [f"{counts[key]:,} {label}" for key, label in (("train", "pairs trained on"), ("held_out", "held out")) if counts.get(key)]
+    lines = [f"{counts[key]:,} {label}" for key, label in (("train", f"{noun} trained on"), ("held_out", "held out")) if counts.get(key)]
     lines += [f"{count:,} rows dropped: {reason}" for reason, count in dropped.items()]
     return "## Data\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 

@@ -30,10 +30,13 @@ class Curve:
 
 
 CURVES = (
-    Curve("loss", "Loss", "nats per pair", (("loss", "loss", BLUE),), "What the run minimises. log 2 = 0.693 for DPO before any step."),
     Curve(
-        "accuracy", "Reward accuracy", "share of pairs", (("rewards/accuracies", "accuracy", BLUE),),
-        "How often the chosen answer has the higher implicit reward. 0.5 is chance.", (-0.02, 1.02), 0.5,
+        "loss", "Loss", "nats", (("loss", "loss", BLUE),),
+        "What the run minimises, per token of SFT and else per sample. log 2 = 0.693 for DPO before any step.",
+    ),
+    Curve(
+        "accuracy", "Reward accuracy", "share of pairs", (("rewards/accuracies", "accuracy", BLUE), ("accuracy", "accuracy", BLUE)),
+        "How often the better answer has the higher reward. 0.5 is chance.", (-0.02, 1.02), 0.5,
     ),
     Curve(
         "rewards", "Implicit rewards", "beta × nats",
@@ -42,8 +45,18 @@ CURVES = (
     ),
     Curve("margins", "Reward margin", "beta × nats", (("rewards/margins", "margin", BLUE),), "Chosen minus rejected reward.", level=0.0),
     Curve(
+        "scores", "Scores", "score",
+        (("max_reward", "highest", ORANGE), ("mean_reward", "mean", BLUE), ("min_reward", "lowest", GREEN), ("margin", "margin", GREY)),
+        "Of the reward model, over all answers; margin: better minus worse answer.", level=0.0,
+    ),
+    Curve(
         "logps", "Log-probabilities of whole completions", "nats",
         (("logps/chosen", "chosen", BLUE), ("logps/rejected", "rejected", ORANGE)), "Under the policy, summed over the tokens.",
+    ),
+    Curve("nll", "Negative log-likelihood", "nats per token", (("nll", "nll", BLUE),), "Of the scored tokens; its exp is the perplexity."),
+    Curve(
+        "token_accuracy", "Token accuracy", "share of tokens", (("mean_token_accuracy", "accuracy", BLUE),),
+        "How often the scored token is the model's first choice.", (-0.02, 1.02),
     ),
     Curve("entropy", "Entropy", "nats per token", (("entropy", "entropy", BLUE),), "Of the policy's next token. A collapse to 0 is bad."),
     Curve("grad_norm", "Gradient norm", "L2", (("grad_norm", "gradient norm", BLUE),), "Spikes: odd data, or too high a rate."),
@@ -70,7 +83,7 @@ def draw(curve: Curve, train: Sequence[Row], evals: Sequence[Row]) -> bytes | No
 
 
 def plot(curve: Curve, train: Sequence[Row], evals: Sequence[Row]) -> Figure | None:
-    """The curve as a figure. Thin line: every step; bold: running mean; dots: held-out pairs; dashes: the level to compare with."""
+    """The curve as a figure. Thin line: every step; bold: running mean; dots: held-out data; dashes: the level to compare with."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -97,19 +97,27 @@ def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
     rates = sorted(row["perf/tokens_per_second"] for row in train if finite(row.get("perf/tokens_per_second")))
     peak = max((row[key] for row in train for key in ("mem/peak_cuda_gib", "mem/peak_rss_gib") if finite(row.get(key))), default=None)
     skipped = sum(1 for row in train if isinstance(row.get("loss"), float) and not math.isfinite(row["loss"]))
-    accuracy, held_out = finals.get("rewards/accuracies", (None, None))
+    nothing = (None, None)
+    accuracy, held_out = finals.get("rewards/accuracies") or finals.get("accuracy") or nothing
+    margin, nll = finals.get("rewards/margins") or finals.get("margin") or nothing, finals.get("nll", nothing)
     tiles = [
         ("held-out accuracy", held_out, "{:.1%}"),
         ("training accuracy", accuracy, "{:.1%}"),
-        ("held-out loss", finals.get("loss", (None, None))[1], "{:.4f}"),
-        ("training loss", finals.get("loss", (None, None))[0], "{:.4f}"),
-        ("reward margin", finals.get("rewards/margins", (None, None))[0], "{:.3f}"),
+        ("held-out perplexity", _perplexity(nll[1]), "{:.4g}"),
+        ("training perplexity", _perplexity(nll[0]), "{:.4g}"),
+        ("held-out loss", finals.get("loss", nothing)[1], "{:.4f}"),
+        ("training loss", finals.get("loss", nothing)[0], "{:.4f}"),
+        ("reward margin", margin[0], "{:.3f}"),
         ("tokens / s (median)", rates[len(rates) // 2] if rates else None, "{:,.0f}"),
         ("peak memory", peak, "{:.2f} GiB"),
         ("steps with a non-finite loss", skipped or None, "{}"),
     ]
     shown = [(label, pattern.format(value)) for label, value, pattern in tiles if value is not None]
     return '<div class="tiles">' + "".join(f"<div><b>{value}</b><span>{label}</span></div>" for label, value in shown) + "</div>"
+
+
+def _perplexity(nll: float | None) -> float | None:
+    return None if nll is None else math.exp(min(nll, 700.0))
 
 
 def _figure(curve: Curve, image: bytes) -> str:
