@@ -93,8 +93,9 @@ def _order(fields: Fields, name: str, count: int) -> list[tuple[float, int]]:
 
 def _check_ranks(fields: Fields, where: str, ranks: Sequence[float]) -> None:
     """Ranks count from 1, without gaps; after a tie of k the next rank is 1 or k further on."""
-    if odd := next((rank for rank in ranks if rank != int(rank) or rank < 1), None):
-        raise DataError(f"{where}: a rank is a whole number of at least 1 (the best), got {odd:g}; give scores in the column 'scores'")
+    for rank in ranks:
+        if rank != int(rank) or rank < 1:
+            raise DataError(f"{where}: a rank is a whole number of at least 1 (the best), got {rank:g}; give scores in the column 'scores'")
     places = [(rank, len(list(group))) for rank, group in groupby(sorted(ranks))]
     dense = [float(n) for n in range(1, len(places) + 1)]
     sparse = [1.0 + sum(size for _, size in places[:n]) for n in range(len(places))]

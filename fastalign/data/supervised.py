@@ -31,23 +31,18 @@ def load_supervised(config: SupervisedDataConfig, tokenizer: PreTrainedTokenizer
 def parse_supervised(place: str, index: int, row: Row, config: SupervisedDataConfig) -> Sequence[Example | Dropped]:
     """Checks one row; gives one example, or Dropped for an empty one. Raises DataError for a row that is malformed."""
     fields = Fields(place, row, config)
-    kinds = [kind for kind in _KINDS if kind in fields]
-    if not kinds:
-        fields.require("prompt" if "prompt" not in fields else "completion")
-    if len(kinds) > 1:
-        first, second = (fields.names[kind] for kind in kinds[:2])
-        raise DataError(f"{place}: columns {first!r} and {second!r} exclude each other: which is to be trained on? Remove the other")
-    kind = kinds[0]
-    fields.require(*(("prompt", "completion") if kind == "completion" else (kind,)))
-    if kind != "completion" and "prompt" in fields:
-        names = fields.names
-        raise DataError(f"{place}: a column {names['prompt']!r} goes with {names['completion']!r}, not with {names[kind]!r}; remove one")
+    kind = _kind(fields)
     options = fields.options()
     completion = fields.turns(kind)
     if kind != "completion" and isinstance(completion, str) != (kind == "text"):
         expected = "text; name a list of messages 'messages'" if kind == "text" else "a list of messages; name a text 'text'"
         raise DataError(f"{fields.where(kind)}: expected {expected}")
     prompt = _prompt(fields, completion) if kind == "completion" else None
+    if kind != "completion" and "prompt" in fields and not _repeats(fields.value("prompt"), completion):
+        names = fields.names
+        raise DataError(
+            f"{place}: a column {names['prompt']!r} goes with {names['completion']!r}, and {names[kind]!r} starts otherwise; remove one"
+        )
     if not has_text(completion):
         return [Dropped(place, f"{kind} {'are' if kind == 'messages' else 'is'} empty")]
     if not options["weight"]:
@@ -58,6 +53,30 @@ def parse_supervised(place: str, index: int, row: Row, config: SupervisedDataCon
 
 
 SUPERVISED = Format("sample", ("completion",), parse_supervised)
+
+
+def _kind(fields: Fields) -> str:
+    """The column that the row is trained on: the only one there, or the only one there that the user has named."""
+    fields.require()
+    kinds = [kind for kind in _KINDS if kind in fields]
+    kinds = [kind for kind in kinds if kind in fields.config.columns] or kinds
+    if len(kinds) > 1:
+        first, second = kinds[:2]
+        raise DataError(
+            f"{fields.place}: there are both {fields.names[first]!r} and {fields.names[second]!r}; say which to train on, "
+            f"as data.columns {{{first}: {fields.names[first]}}}"
+        )
+    kind = kinds[0] if kinds else "completion"
+    fields.require(*(("prompt", "completion") if kind == "completion" else (kind,)))
+    return kind
+
+
+def _repeats(prompt: Any, completion: Turns) -> bool:
+    """Whether a prompt column only repeats what a text or conversation begins with."""
+    if isinstance(prompt, str) and not isinstance(completion, str):
+        first = next((message.get("content") for message in completion if message["role"] == "user"), None)
+        return isinstance(first, str) and prompt.strip() == first.strip()
+    return prompt is None or (bool(prompt) and completion[: len(prompt)] == prompt)
 
 
 def _prompt(fields: Fields, completion: Turns) -> Turns:

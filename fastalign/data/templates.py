@@ -58,9 +58,10 @@ def missing_marks(tokenizer: PreTrainedTokenizerBase) -> str:
         "file for data.chat_template, or train on all turns with data.assistant_only false"
     )
     if not has_marks(tokenizer):
-        found = [f"line {n}: {line.strip()[:120]!r}" for n, line in enumerate(template.splitlines(), 1) if "assistant" in line]
-        shown = "; ".join(found[:3]) or repr(template[:120])
-        return f"the chat template does not mark what the assistant says: it has no {{% generation %}} tag ({shown}); {remedy}"
+        speaks = [match.start() for match in re.finditer("assistant", template)][:3]
+        places = [f"line {template.count(chr(10), 0, at) + 1}: ...{template[max(at - 40, 0) : at + 60]!r}..." for at in speaks]
+        shown = f" ({'; '.join(places)})" if places else ""
+        return f"the chat template does not mark what the assistant says: it has no {{% generation %}} tag{shown}; {remedy}"
     return f"the chat template has {{% generation %}} tags, but they enclose nothing in this conversation; {remedy}"
 
 

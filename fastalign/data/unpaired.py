@@ -78,10 +78,11 @@ def _describe(samples: Sequence[Sample], report: DataReport) -> None:
         report.notices["pairs were taken apart: the chosen completion is desirable, the rejected one undesirable"] = pairs
     low, high = sorted((desirable, len(samples) - desirable))
     if low and high > 4 / 3 * low:
-        rare = "desirable" if desirable == low else "undesirable"
+        name, least = ("desirable_weight", high / low) if desirable == low else ("undesirable_weight", 3 / 4 * high / low)
         report.notices[
-            f"the classes are {high / low:.2g} to 1: weight the {rare} samples {high / low:.3g} times the others, so that both count alike"
-        ] = low
+            f"{desirable:,} desirable to {len(samples) - desirable:,} undesirable completions: {name} between {least:.3g} and "
+            f"{4 / 3 * least:.3g} would bring their weights into the ratio that KTO recommends, 1 to 4/3"
+        ] = len(samples)
 
 
 def _check(samples: Sequence[Sample], config: UnpairedDataConfig, source: str) -> None:
