@@ -36,7 +36,7 @@ class LinearLogps(torch.autograd.Function):
         plan: Plan,
     ) -> Tensor:
         operands = call.operands(hidden, weight, bias, u, b).take(live)
-        with _no_autocast(hidden):
+        with no_autocast(hidden):
             found, kept, kept_u = function.forward(operands, plan, call.outputs, call.grad_outputs, call.count(live))
         ctx.live, ctx.call, ctx.plan = live, call, plan
         if plan.schedule != "none":
@@ -50,7 +50,7 @@ class LinearLogps(torch.autograd.Function):
         operands = ctx.call.operands(hidden, weight, bias, u, b)
         d_live = d_stats if ctx.live is None else d_stats.index_select(1, ctx.live)
         coefficients = {name: d_live[FIELDS.index(name)] for name in ctx.call.grad_outputs}
-        with _no_autocast(hidden):
+        with no_autocast(hidden):
             active = ctx.call.active_rows(ctx.live)
             needs, d_weight = ctx.needs_input_grad[:5], ctx.call.d_weight
             grads = pull_back(operands, ctx.plan, ctx.live, found, coefficients, kept, kept_u, needs, d_weight, active)
@@ -76,7 +76,7 @@ class LinearLoss(torch.autograd.Function):
     ) -> Tensor:
         everything = call.operands(hidden, weight, bias, u, b)
         needs = ctx.needs_input_grad[:5] if plan.schedule == "slab" else (False,) * 5
-        with _no_autocast(hidden):
+        with no_autocast(hidden):
             total, grads = _run_slabs(everything, plan, live, call, loss_fn, bounds, needs)
         ctx.save_for_backward(*grads)
         ctx.added, ctx.used = call.d_weight is not None, False
@@ -130,7 +130,7 @@ def pull_back(
     grads = Gradients(operands, needs, d_weight)
     stats = {name: found[FIELDS.index(name)] for name in ("lse", "entropy")}
     function.backward(operands, plan, stats, coefficients, kept, index, grads)
-    return _full_size(grads, everything, live, needs, d_weight)
+    return full_size(grads, everything, live, needs, d_weight)
 
 
 def _run_slabs(
@@ -147,7 +147,7 @@ def _run_slabs(
     wants = plan.schedule == "slab"
     active = call.active_rows(live)
     grads = Gradients(operands, needs, call.d_weight if wants else None)
-    cuts = _slab_cuts(rows, live, bounds, plan.slab_rows)
+    cuts = slab_cuts(rows, live, bounds, plan.slab_rows)
     longest = max((hi - lo for _, _, lo, hi in cuts), default=0)
     scratch = function.scratch_tile(operands, replace(plan, slab_rows=longest))
     total: Tensor | None = None
@@ -160,7 +160,7 @@ def _run_slabs(
             leaves.update({name: leaves[name].detach().requires_grad_() for name in call.grad_outputs})
         with torch.enable_grad():
             loss = loss_fn(HeadOutput(**leaves), slice(first, last))
-        _check_loss(loss, leaves, walk=total is None)
+        check_loss(loss, leaves, walk=total is None)
         total = loss.detach() if total is None else total + loss.detach()
         coefficients: dict[str, Tensor] = {}
         if wants and loss.requires_grad:
@@ -171,7 +171,7 @@ def _run_slabs(
     if total is None:  # no rows at all
         nothing = operands.hidden.new_zeros(0, dtype=operands.work_dtype)
         total = loss_fn(HeadOutput(**dict.fromkeys(call.outputs, nothing)), slice(0, 0)).detach()
-    return total, _full_size(grads, everything, live, needs, call.d_weight)
+    return total, full_size(grads, everything, live, needs, call.d_weight)
 
 
 def _add_slab(
@@ -199,14 +199,14 @@ def _add_slab(
     part = grads.over(some)
     every = slice(0, index.shape[0])
     found, coefficients = ({name: x[index] for name, x in given.items()} for given in (found, coefficients))
-    whole = None if tile is None else _compact_rows_(tile, index)
+    whole = None if tile is None else compact_rows_(tile, index)
     part.add(every, function.gradient_tiles(some, plan, every, found, coefficients, scratch, whole=whole))
     for mine, theirs in ((grads.hidden, part.hidden), (grads.u, part.u)):
         if mine is not None and theirs is not None:
             mine[at][index] = theirs
 
 
-def _compact_rows_(tile: Tensor, index: Tensor) -> Tensor:
+def compact_rows_(tile: Tensor, index: Tensor) -> Tensor:
     """tile[index] in the tile's own storage; `index` rises, so a block reads no row that an earlier block wrote."""
     for block in function.slabs(index.shape[0], 16):
         tile[block] = tile[index[block]]
@@ -235,7 +235,7 @@ def gradient_rows(coefficients: dict[str, Tensor], active: Tensor | None) -> Ten
     return None if index.shape[0] == some.shape[0] else index
 
 
-def _full_size(grads: Gradients, everything: Operands, live: Tensor | None, needs: Sequence[bool], d_weight: Tensor | None) -> OperandGrads:
+def full_size(grads: Gradients, everything: Operands, live: Tensor | None, needs: Sequence[bool], d_weight: Tensor | None) -> OperandGrads:
     rows = everything.hidden.shape[0]
 
     def rounded(total: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -257,7 +257,7 @@ def spread(values: Any, index: Tensor | None, rows: int) -> Any:
     return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, index, values)
 
 
-def _slab_cuts(rows: int, live: Tensor | None, bounds: Sequence[int] | None, slab_rows: int) -> list[tuple[int, int, int, int]]:
+def slab_cuts(rows: int, live: Tensor | None, bounds: Sequence[int] | None, slab_rows: int) -> list[tuple[int, int, int, int]]:
     """Slabs as (first, last) of all rows and (lo, hi) of the live rows; at most `slab_rows` live rows, groups whole."""
     if bounds is None and live is None:
         return [(s.start, s.stop, s.start, s.stop) for s in function.slabs(rows, slab_rows)]
@@ -271,7 +271,7 @@ def _slab_cuts(rows: int, live: Tensor | None, bounds: Sequence[int] | None, sla
     return cuts
 
 
-def _check_loss(loss: Any, leaves: dict[str, Tensor], *, walk: bool) -> None:
+def check_loss(loss: Any, leaves: dict[str, Tensor], *, walk: bool) -> None:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
         raise ValueError(f"loss_fn must return a scalar tensor, got {what}: sum its tokens or sequences")
@@ -302,5 +302,5 @@ def group_bounds(groups: Sequence[int] | Tensor | None, rows: int) -> list[int] 
     return bounds
 
 
-def _no_autocast(like: Tensor) -> torch.autocast:
+def no_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)

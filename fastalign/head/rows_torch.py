@@ -36,8 +36,8 @@ def start(rows: int, outputs: frozenset[str], *, dtype: torch.dtype, device: tor
 def update(state: RowState, x: Tensor, target: Tensor, first: int, logits: LogitMap) -> None:
     """Fold the tile `x (R, C)` into the statistics; `target (R,)` counts from column 0 of the whole row."""
     columns = x.shape[1]
-    for rows in _blocks(x):
-        z = _logits(x[rows], logits, rows, state.m.dtype)
+    for rows in row_blocks(x):
+        z = logits_of(x[rows], logits, rows, state.m.dtype)
         old = state.m[rows]
         new = torch.maximum(old, z.amax(dim=1))
         shift = torch.where(old == new, 0.0, old - new)  # (-inf) - (-inf) is no shift
@@ -98,10 +98,10 @@ def gradient_(
     c_p = c_lse if c_logps is None else -c_logps if c_lse is None else c_lse - c_logps  # the coefficient of p_v
     columns = x.shape[1]
     result = x if dtype == x.dtype else x.view(dtype)[:, :columns]
-    for rows in _blocks(x):
+    for rows in row_blocks(x):
         block = x[rows]
-        z = _logits(block, logits, rows, lse.dtype)
-        slope = _slope(z, logits, rows)
+        z = logits_of(block, logits, rows, lse.dtype)
+        slope = slope_of(z, logits, rows)
         log_p = torch.sub(z, lse[rows].unsqueeze(1), out=z)
         if c_entropy is None:
             d = log_p.exp_()
@@ -129,7 +129,7 @@ def gradient_(
     return result
 
 
-def _logits(x: Tensor, logits: LogitMap, rows: slice, dtype: torch.dtype) -> Tensor:
+def logits_of(x: Tensor, logits: LogitMap, rows: slice, dtype: torch.dtype) -> Tensor:
     """z of a block: a fresh tensor, or `x` itself where nothing lies between."""
     z = x.to(dtype)
     if logits.is_identity:
@@ -144,7 +144,7 @@ def _logits(x: Tensor, logits: LogitMap, rows: slice, dtype: torch.dtype) -> Ten
     return z
 
 
-def _slope(z: Tensor, logits: LogitMap, rows: slice) -> Tensor | float | None:
+def slope_of(z: Tensor, logits: LogitMap, rows: slice) -> Tensor | float | None:
     """dz/dx of a block, from z; None for 1."""
     if logits.logit_scale == 1.0 and logits.softcap is None and is_one(logits.inv_temperature):
         return None
@@ -159,7 +159,7 @@ def _per_row(value: float | Tensor, rows: slice) -> float | Tensor:
     return value[rows].unsqueeze(1) if isinstance(value, Tensor) else value
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
+def row_blocks(x: Tensor) -> Iterator[slice]:
     rows, columns = x.shape
     step = max(1, BLOCK_BYTES.get(x.device.type, 1 << 26) // (4 * max(1, columns)))
     return (slice(r, min(r + step, rows)) for r in range(0, rows, step))
