@@ -3,20 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OUT ?= gpu
 export TOKENIZERS_PARALLELISM := false
 # Idle OpenMP threads sleep: spinning ones make small models 20 times slower when another process wants the core.
 export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all test-matrix gpu bench lint format clean
+.PHONY: help native native-test demo test test-all test-matrix gpu bench lint format clean
 
 help:
 	@echo "make demo         train a small model on generated preferences, show before and after, write a report"
+	@echo "make native       the C++ kernels, where there is a compiler; demo, test and bench do this too"
 	@echo "make test         lint, types and tests (under 20 minutes on 2 cores)"
 	@echo "make test-all     the same with the slow tests"
 	@echo "make test-matrix  tests on the oldest and the newest supported versions, in environments of their own"
-	@echo "make gpu          the tests marked gpu; PYTHON=... uses an existing interpreter without installing"
-	@echo "make bench        DPO against TRL on this machine, into bench/results/"
+	@echo "make gpu          tests, memory checks and head benchmark on a GPU, into OUT=gpu; PYTHON=... is used as it is"
+	@echo "make bench        DPO and the LM head against other trainers on this machine, into bench/results/"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -25,23 +27,30 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt --editable '.[test]'
 	@touch $@
 
-demo: $(READY)
+native: $(READY)
+	@bash kernels/build.sh $(BIN)/python
+
+native-test: $(READY)
+	@bash kernels/build.sh $(BIN)/python test
+
+demo: $(READY) native
 	$(BIN)/fastalign demo --output demo
 
-test: $(READY) lint
+test: $(READY) lint native-test
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(READY) lint
+test-all: $(READY) lint native-test
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-matrix: $(READY)
 	bash tests/matrix.sh
 
 gpu:
-	$(PYTHON) -m pytest -m gpu --rootdir . tests
+	PYTHON="$(PYTHON)" OUT="$(OUT)" bash tests/gpu.sh
 
-bench: $(READY)
+bench: $(READY) native
 	$(BIN)/python -m bench dpo
+	$(BIN)/python -m bench head
 
 lint: $(READY)
 	$(BIN)/ruff check .

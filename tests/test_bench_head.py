@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from bench.head_problem import Problem
 from bench.head_rows import Row
 from bench.head_sides import TASKS, Outcome, Side
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 SHAPE = (64, 512, 32)
 
@@ -154,3 +159,11 @@ def test_quick_benchmark_runs(tmp_path):
     rows = head_rows.read(tmp_path / "head_cpu.csv")
     assert {row.task for row in rows} == set(TASKS)
     assert not [row for row in rows if not row.status.startswith(("measured", "absent"))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: that `make gpu` names the lack of one is unproven here")
+def test_make_gpu_without_a_gpu_names_the_remedy(tmp_path):
+    environment = dict(os.environ, PYTHON=sys.executable, OUT=str(tmp_path))
+    done = subprocess.run(["bash", str(ROOT / "tests" / "gpu.sh")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "sees no CUDA device; name another interpreter with PYTHON=..." in done.stderr
