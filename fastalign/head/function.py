@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fastalign.head.plan import Plan
+from fastalign.head.products import add_product, multiply, reads_half, slabs
 from fastalign.head.rows import LogitMap, rows_of
 from fastalign.types import HeadOutput
 
 FIELDS = HeadOutput._fields
 DIFFERENTIABLE = ("logps", "entropy", "lse", "mean_logits")
-UPCAST_BYTES = 8 << 20  # of weight at a time, where a CPU has no half-precision GEMM with a float32 result
+PITCH = 16  # a row of the scratch is a multiple of this many elements, so that it begins where wide loads may
 
 
 class Operands(NamedTuple):
@@ -102,22 +103,20 @@ class Gradients:
             self.u[rows] = d_u
 
 
-def slabs(n: int, step: int) -> Iterator[slice]:
-    return (slice(r, min(r + step, n)) for r in range(0, n, step))
-
-
 def scratch_tile(operands: Operands, plan: Plan) -> Tensor:
-    """Room for one tile; every slab of the call reuses it."""
-    return torch.empty(plan.slab_rows * plan.tile_cols, dtype=operands.work_dtype, device=operands.hidden.device)
+    """Room for one tile, (slab_rows, tile_cols or a few more); every slab of the call reuses it."""
+    columns = -(-plan.tile_cols // PITCH) * PITCH
+    return torch.empty(plan.slab_rows, columns, dtype=operands.work_dtype, device=operands.hidden.device)
 
 
-def products(operands: Operands, rows: slice, cols: slice, scratch: Tensor) -> Tensor:
+def products(operands: Operands, rows: slice, cols: slice, scratch: Tensor, impl: str) -> Tensor:
     """Raw products of a tile, (R, C) in the working dtype, written into `scratch`."""
     hidden, weight = operands.hidden[rows], operands.weight[cols]
-    tile = scratch[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-    _product_into(tile, hidden, weight)
+    tile = scratch[: hidden.shape[0], : weight.shape[0]]
+    half = reads_half(hidden, impl)
+    multiply(tile, hidden, weight.T, half=half)
     if operands.u is not None and operands.lora_weight is not None:
-        torch.addmm(tile, operands.u[rows].to(tile.dtype), operands.lora_weight[cols].to(tile.dtype).T, out=tile)
+        multiply(tile, operands.u[rows], operands.lora_weight[cols].T, half=half, accumulate=True)
     return tile
 
 
@@ -129,7 +128,7 @@ def score_slab(
     state = kernels.start(target.shape[0], outputs, dtype=operands.work_dtype, device=target.device)
     tile = None
     for cols in slabs(operands.weight.shape[0], plan.tile_cols):
-        tile = products(operands, rows, cols, scratch)
+        tile = products(operands, rows, cols, scratch, plan.impl)
         if store is not None:
             store[:, cols] = tile
         kernels.update(state, tile, target, cols.start, operands.logit_map(rows, cols))
@@ -150,14 +149,14 @@ def gradient_tiles(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The slab's dL/d(raw product), tile by tile, in the dtype of the gradient GEMMs."""
     vocabulary, kernels = operands.weight.shape[0], rows_of(plan.impl)
-    narrow = operands.hidden.dtype if operands.hidden.device.type == "cuda" else operands.work_dtype  # of the gradient GEMMs
+    narrow = operands.hidden.dtype if reads_half(operands.hidden, plan.impl) else operands.work_dtype
     for cols in slabs(vocabulary, vocabulary if whole is not None else plan.tile_cols):
         if whole is not None:
             tile = whole
         elif kept is not None:
             tile = _copy_of(kept, rows, cols, index, scratch)
         else:
-            tile = products(operands, rows, cols, scratch)
+            tile = products(operands, rows, cols, scratch, plan.impl)
         yield (
             cols,
             kernels.gradient_(
@@ -192,9 +191,9 @@ def forward(
         if operands.u is not None:
             kept_u = hidden.new_empty(len(grad_outputs), capacity, operands.u.shape[1])
     direct = plan.schedule == "keep" and not plan.tiled and kept.dtype == operands.work_dtype
-    scratch = kept.view(-1) if direct else scratch_tile(operands, plan)
+    scratch = kept if direct else scratch_tile(operands, plan)
     for rows in slabs(n, plan.slab_rows):
-        room = kept[rows].view(-1) if direct else scratch
+        room = kept[rows] if direct else scratch
         store = kept[rows] if plan.schedule == "keep" and not direct else None
         found, tile = score_slab(operands, plan, rows, outputs, room, store)
         for name, value in found.items():
@@ -228,48 +227,10 @@ def backward(
         grads.add(rows, gradient_tiles(operands, plan, rows, here, c, scratch, kept=source, index=index))
 
 
-def add_product(total: Tensor | None, a: Tensor, b: Tensor, work: torch.dtype) -> Tensor:
-    """total + a @ b with float32 accumulation, in place if there is a total; a is (M, K), b (K, C)."""
-    if a.dtype != work:  # half precision with a float32 result
-        if total is None:
-            return torch.mm(a, b, out_dtype=work)
-        if total.dtype == a.dtype:
-            return torch.addmm(total, a, b, out=total)
-        return torch.addmm(total, a, b, out_dtype=work, out=total)
-    if b.dtype == work and (total is None or total.dtype == work):
-        return torch.mm(a, b) if total is None else torch.addmm(total, a, b, out=total)
-    if total is None:
-        total = a.new_zeros(a.shape[0], b.shape[1])
-    step = _chunk(b.shape[1], work)
-    if total.dtype != work:
-        for rows in slabs(a.shape[0], step):
-            total[rows] += torch.mm(a[rows], b.to(work))
-    else:
-        for inner in slabs(b.shape[0], step):
-            torch.addmm(total, a[:, inner], b[inner].to(work), out=total)
-    return total
-
-
-def _product_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """out (R, C) = hidden (R, D) @ weight (C, D).T with a result that is never rounded below the dtype of `out`."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.T, out=out)
-    elif hidden.device.type == "cuda":
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-    else:
-        hidden = hidden.to(out.dtype)
-        for cols in slabs(weight.shape[0], _chunk(weight.shape[1], out.dtype)):
-            torch.mm(hidden, weight[cols].to(out.dtype).T, out=out[:, cols])
-
-
-def _chunk(columns: int, dtype: torch.dtype) -> int:
-    return max(64, UPCAST_BYTES // max(1, columns * dtype.itemsize))
-
-
 def _copy_of(kept: Tensor, rows: slice, cols: slice, index: Tensor | None, scratch: Tensor) -> Tensor:
     """kept[rows, cols], or kept[index[rows], cols], in `scratch`; an index is followed some rows at a time, for it copies first."""
     n, columns = rows.stop - rows.start, cols.stop - cols.start
-    tile = scratch[: n * columns].view(n, columns)
+    tile = scratch[:n, :columns]
     for part in slabs(n, max(1, n) if index is None else 16):
         source = slice(rows.start + part.start, rows.start + part.stop)
         tile[part] = kept[source if index is None else index[source], cols]
