@@ -44,5 +44,9 @@ class JudgeError(FastalignError, RuntimeError):
     """A judge did not answer, or its answer holds no verdict."""
 
 
+class RewardError(FastalignError, RuntimeError):
+    """A reward function failed; the message names the function and the completion."""
+
+
 class DependencyError(FastalignError, ImportError):
     """An optional package is needed and absent; the message names the install command."""

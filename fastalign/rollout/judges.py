@@ -7,19 +7,16 @@ made up, and the caller decides what becomes of the row.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from fastalign.errors import ConfigError, DependencyError, JudgeError
+from fastalign.errors import DependencyError, JudgeError
+from fastalign.rollout.functions import load_callable
 
 Turns = str | list[dict[str, Any]]  # text, or messages
 VERDICT = re.compile(r"\[\[\s*(A|B|TIE|-?\d+(?:\.\d+)?)\s*\]\]", re.IGNORECASE)
@@ -72,24 +69,7 @@ class FunctionJudge:
 
 def load_function(name: str) -> FunctionJudge:
     """The judge `package.module:function` or `path/to/file.py:function`. Raises ConfigError when there is no such function."""
-    where, _, attribute = name.rpartition(":")
-    if not where or not attribute:
-        raise ConfigError(f"judge.function must be MODULE:FUNCTION or FILE.py:FUNCTION, got {name!r}")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-    except (ImportError, OSError) as error:
-        raise ConfigError(f"judge.function: {where} cannot be loaded: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        known = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f)) or "none"
-        raise ConfigError(f"judge.function: {where} has no function {attribute!r} (functions: {known})")
-    return FunctionJudge(function, name)
+    return FunctionJudge(load_callable(name, "judge.function"), name)
 
 
 class EndpointJudge:

@@ -1,0 +1,34 @@
+"""Functions of the user's own, found by the name that the user gave."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastalign.errors import ConfigError
+
+
+def load_callable(name: str, option: str) -> Callable[..., Any]:
+    """What `package.module:function` or `path/to/file.py:function` names. Raises ConfigError, naming `option`, when it is not there."""
+    where, _, attribute = name.rpartition(":")
+    if not where or not attribute:
+        raise ConfigError(f"{option} must be MODULE:FUNCTION or FILE.py:FUNCTION, got {name!r}")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"{option}: {where} cannot be loaded: {error}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f)) or "none"
+        raise ConfigError(f"{option}: {where} has no function {attribute!r} (functions: {known})")
+    return function

@@ -1,0 +1,111 @@
+"""Reward functions: what they are given, what they may give back, and who is named when they fail."""
+
+import math
+import time
+
+import pytest
+from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
+
+from fastalign.errors import ConfigError, RewardError
+from fastalign.rollout.rewards import Reward, completion_text, exact_match, load_rewards, numeric_match, repetition, score, soft_overlong
+
+IDS = [[1, 2, 3, 1, 2, 3, 1], [4], [], [7] * 9, list(range(12))]
+TURNS = [{"role": "assistant", "content": "it is: 4"}]
+
+
+def scored(function, completions=("a", "b"), timeout=None, **columns):
+    ids = [[0]] * len(completions)
+    return score([Reward("mine", function)], ["p"] * len(completions), list(completions), ids, columns, timeout=timeout)
+
+
+def test_repetition_and_length_are_those_of_trl():
+    for n in (1, 2, 3):
+        assert repetition(n)(completion_ids=IDS) == pytest.approx(get_repetition_penalty_reward(n)(IDS))
+    for length, margin in ((10, 4), (9, 9), (12, 1)):
+        assert soft_overlong(length, margin)(completion_ids=IDS) == pytest.approx(get_soft_overlong_punishment(length, margin)(IDS))
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "reward"),
+    [
+        ("the answer is -3", "-3", 1.0),
+        ("1/2", "0.5", 1.0),
+        ("0.1 + 0.2 = 0.3", "0.30", 1.0),
+        ("1,234,567", 1234567, 1.0),
+        ("3, no, 4", "3", 0.0),
+        ("1/0", "1", 0.0),
+        ("many", "1", 0.0),
+        ("1", "many", None),
+    ],
+)
+def test_numbers_are_compared_exactly(said, wanted, reward):
+    assert numeric_match([said], answer=[wanted]) == [reward]
+
+
+def test_completions_may_be_messages():
+    assert exact_match([TURNS], answer=["it is: 4"]) == [1.0]
+    assert completion_text(TURNS) == "it is: 4"
+
+
+def test_functions_get_every_column_and_may_abstain():
+    seen = {}
+
+    def mine(**given):
+        seen.update(given)
+        return [1, None]
+
+    assert scored(mine, answer=["x", "y"])[0] == [1.0]
+    assert math.isnan(scored(mine, answer=["x", "y"])[1][0])
+    assert seen == {"prompts": ["p", "p"], "completions": ["a", "b"], "completion_ids": [[0], [0]], "answer": ["x", "y"]}
+
+
+def test_coroutine_functions_are_awaited_also_under_a_time_limit():
+    async def mine(completions, **_):
+        return [float(len(c)) for c in completions]
+
+    assert scored(mine) == scored(mine, timeout=5.0) == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1.0], "expected a list of 2 numbers, one per completion, got 1 values"),
+        (1.0, "got float"),
+        ([1.0, math.nan], r"completion 1 \('b'\) got nan; return a finite number, or None"),
+        ([math.inf, 1.0], r"completion 0 \('a'\) got inf"),
+        ([1.0, "good"], r"completion 1 \('b'\) got 'good'"),
+    ],
+)
+def test_what_is_no_reward_is_an_error(result, message):
+    with pytest.raises(RewardError, match=f"reward mine: .*{message}|reward mine: {message}"):
+        scored(lambda **_: result)
+
+
+def test_exceptions_and_endless_functions_are_named():
+    with pytest.raises(RewardError, match="reward mine raised KeyError: 'answer'"):
+        scored(lambda **given: given["answer"])
+    with pytest.raises(RewardError, match=r"reward mine: no result after 0.05 s"):
+        scored(lambda **_: time.sleep(1), timeout=0.05)
+    with pytest.raises(RewardError, match="reward mine raised TimeoutError"):  # its own, not ours
+        scored(_times_out)
+
+
+def _times_out(**_):
+    raise TimeoutError("mine")
+
+
+def test_rewards_are_loaded_by_name(tmp_path):
+    (tmp_path / "own.py").write_text("def close(completions, **_):\n    return [0.0] * len(completions)\n")
+    found = load_rewards(["numeric_match", f"{tmp_path}/own.py:close"], [1.0, 0.5])
+    assert [(r.name, r.weight) for r in found] == [("numeric_match", 1.0), ("close", 0.5)]
+    for names, weights, message in [
+        (["numbers"], None, "no built-in reward is called 'numbers'"),
+        (["repetition"], [1.0, 2.0], "one finite number for each of the 1"),
+        (["repetition", "repetition"], None, "two functions have the same name"),
+        (["no.py:f"], None, "rewards: no.py cannot be loaded"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_rewards(names, weights)
+    for bad in (lambda: soft_overlong(3, 4), lambda: repetition(0)):
+        with pytest.raises(ConfigError):
+            bad()
