@@ -16,7 +16,8 @@ from fastalign import __version__
 from fastalign.train.config import flat, write_text
 from fastalign.train.metrics import read_metrics
 from fastalign.train.options import options, shown
-from fastalign.train.report import final_metrics, is_eval, text_of
+from fastalign.train.page import text_of
+from fastalign.train.report import final_metrics, is_eval
 
 _SHOWN = (
     "loss", "nll", "mean_token_accuracy", "accuracy", "margin", "mean_reward", "rewards/accuracies", "rewards/margins", "rewards/chosen",

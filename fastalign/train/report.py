@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from fastalign.train.config import write_text
 from fastalign.train.curves import CURVES, Curve, Row, draw, finite
 from fastalign.train.folder import writing
 from fastalign.train.metrics import read_metrics
+from fastalign.train.page import TEMPLATE, escape, figure, section, table, text_of
 
 SHOWN_SAMPLES = 20
 
@@ -71,25 +69,22 @@ def final_metrics(train: Sequence[Row], evals: Sequence[Row]) -> list[tuple[str,
     return table
 
 
-# The page
-
-
 def _page(run: Path, train: Sequence[Row], evals: Sequence[Row], figures: dict[Curve, bytes]) -> str:
     name = run.resolve().name
     config = _read_config(run)
+    drawn = "".join(figure(curve.title, image, curve.note, f"{curve.title} over optimizer steps") for curve, image in figures.items())
     parts = [
         _tiles(train, evals),
-        _section("Curves", "".join(_figure(curve, image) for curve, image in figures.items()), "figures")
-        if figures
-        else "<p>No step has been logged yet.</p>",
+        section("Curves", drawn, "figures") if drawn else "<p>No step has been logged yet.</p>",
         _samples(run / "samples.jsonl"),
-        _section("Metrics", _metrics_table(train, evals)) if train or evals else "",
-        _section("Data", _table(["", "rows"], _counts(run / "data.json"), numbers=True)) if (run / "data.json").is_file() else "",
-        _section("Options", _table(["option", "value"], [(key, text_of(value)) for key, value in _flat(config)])) if config else "",
+        section("Metrics", _metrics_table(train, evals)) if train or evals else "",
+        section("Data", table(["", "rows"], _counts(run / "data.json"), numbers=True)) if (run / "data.json").is_file() else "",
+        section("Options", table(["option", "value"], [(key, text_of(value)) for key, value in _flat(config)])) if config else "",
     ]
-    sources = [str((config.get(section) or {}).get("path") or section) for section in ("model", "data")] if config else []
-    intro = " · ".join(_escape(text) for text in [*sources, _steps(train)])
-    return _TEMPLATE.format(title=_escape(name), intro=intro, body="\n".join(part for part in parts if part))
+    sources = [str((config.get(part) or {}).get("path") or part) for part in ("model", "data")] if config else []
+    intro = " · ".join(escape(text) for text in [*sources, _steps(train)])
+    footer = "Written by fastalign from metrics.jsonl and config.yaml; the figures are in report/."
+    return TEMPLATE.format(title=escape(name), intro=intro, body="\n".join(part for part in parts if part), footer=footer)
 
 
 def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
@@ -120,22 +115,13 @@ def _perplexity(nll: float | None) -> float | None:
     return None if nll is None else math.exp(min(nll, 700.0))
 
 
-def _figure(curve: Curve, image: bytes) -> str:
-    data = base64.b64encode(image).decode("ascii")
-    alt = f"{curve.title} over optimizer steps"
-    return (
-        f'<figure><h3>{curve.title}</h3><img src="data:image/png;base64,{data}" alt="{alt}" loading="lazy">'
-        f"<figcaption>{curve.note}</figcaption></figure>"
-    )
-
-
 def _metrics_table(train: Sequence[Row], evals: Sequence[Row]) -> str:
     heads = ["metric", "first step", "end*"]
-    table = final_metrics(train, evals)
+    finals = final_metrics(train, evals)
     if evals:
         heads += ["held out, first", "held out, last"]
-    rows = [(row[0], *(text_of(value) for value in row[1 : len(heads)])) for row in table]
-    return _table(heads, rows, numbers=True) + "<p class=note>* mean of the last tenth of the steps; of totals and peaks the last value</p>"
+    rows = [(row[0], *(text_of(value) for value in row[1 : len(heads)])) for row in finals]
+    return table(heads, rows, numbers=True) + "<p class=note>* mean of the last tenth of the steps; of totals and peaks the last value</p>"
 
 
 def _samples(path: Path) -> str:
@@ -156,7 +142,7 @@ def _samples(path: Path) -> str:
     rows = [[text_of(sample.get(name, "")) for name in columns] for sample in samples[:SHOWN_SAMPLES]]
     more = len(samples) - len(rows)
     note = f"<p class=note>and {more:,} more in samples.jsonl</p>" if more else ""
-    return _section("Samples", _table(columns, rows, wide=True) + note)
+    return section("Samples", table(columns, rows, wide=True) + note)
 
 
 def _counts(path: Path) -> list[tuple[str, str]]:
@@ -171,17 +157,6 @@ def _counts(path: Path) -> list[tuple[str, str]]:
         )
         rows += [(name, text_of(count)) for name, count in parts.items()]
     return rows
-
-
-def _section(title: str, body: str, css: str = "") -> str:
-    return f"<section><h2>{title}</h2><div{f' class={css}' if css else ''}>{body}</div></section>"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False, wide: bool = False) -> str:
-    head = "".join(f"<th>{_escape(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    css = " ".join(name for name, on in (("numbers", numbers), ("wide", wide)) if on)
-    return f'<div class="scroll"><table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _read_config(run: Path) -> dict[str, Any]:
@@ -209,66 +184,3 @@ def _steps(train: Sequence[Row]) -> str:
 def is_eval(row: Row) -> bool:
     """Whether a row of metrics.jsonl is that of an evaluation."""
     return all(name == "step" or name.startswith("eval_") for name in row)
-
-
-def text_of(value: Any) -> str:
-    """A metric or option as a reader wants it: four significant digits, a dash for nothing."""
-    if value is None:
-        return "–"
-    if isinstance(value, float) and not value.is_integer():
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, float):
-        return f"{value:,.0f}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _escape(text: str) -> str:
-    # Control characters have no meaning in HTML and some of them are forbidden in it.
-    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\ufffd", text))
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} · fastalign</title>
-<style>
-:root {{ --ink: #1c2430; --soft: #5c6673; --line: #e1e5ea; --page: #f6f7f9; --card: #ffffff; color-scheme: light dark; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e7eaee; --soft: #9aa4b1; --line: #2f3742; --page: #14181d; --card: #1c2229; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
-h1 {{ margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }}
-h2 {{ margin: 2.4rem 0 .8rem; font-size: 1.15rem; }}
-h3 {{ margin: 0 0 .5rem; font-size: 1rem; }}
-header p, figcaption, .note {{ color: var(--soft); margin: .25rem 0 0; overflow-wrap: anywhere; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: .75rem; margin-top: 1.5rem; }}
-.tiles div {{ background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }}
-.tiles b {{ display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; }}
-.tiles span {{ color: var(--soft); font-size: .85rem; }}
-.figures {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 1rem; }}
-figure {{ margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; break-inside: avoid; }}
-figure img {{ width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }}
-figcaption {{ font-size: .85rem; margin-top: .5rem; }}
-.scroll {{ overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }}
-table {{ border-collapse: collapse; width: 100%; font-size: .9rem; }}
-th, td {{ text-align: left; padding: .4rem .9rem; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }}
-th {{ color: var(--soft); font-weight: 600; }}
-tbody tr:last-child td {{ border-bottom: 0; }}
-.numbers td:not(:first-child), .numbers th:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums; }}
-.wide td {{ white-space: pre-wrap; min-width: 11rem; }}
-footer {{ margin-top: 3rem; color: var(--soft); font-size: .85rem; }}
-@media print {{
-  :root {{ --ink: #1c2430; --soft: #5c6673; --line: #e1e5ea; --page: #ffffff; --card: #ffffff; color-scheme: light; }}
-  body {{ max-width: none; padding: 0; background: #fff; }}
-  .figures {{ grid-template-columns: 1fr 1fr; }} .scroll {{ overflow: visible; }} }}
-</style>
-</head>
-<body>
-<header><h1>{title}</h1><p>{intro}</p></header>
-{body}
-<footer>Written by fastalign from metrics.jsonl and config.yaml; the figures are in report/.</footer>
-</body>
-</html>
-"""
