@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -209,7 +210,10 @@ def policy_loss(
     spec, level = resolve(name, level, length, kl)
     check_tokens(logps, cu_seqlens, old_logps=old_logps, mask=mask, keep=keep, importance_weights=importance_weights,
                  ref_logps=ref_logps, entropy=entropy, entropy_mask=entropy_mask)  # fmt: skip
-    per_token = _per_token(advantages, cu_seqlens, logps)
+    check_advantages(advantages, cu_seqlens, logps)
+    per_token = advantages.detach()
+    if advantages.dim() == 2:
+        per_token = segment_expand(per_token[:, 0], cu_seqlens, logps.shape[0])
     if mask is not None:  # a masked NaN has no gradient either
         logps, old_logps, per_token = (x.masked_fill(~mask, 0.0) for x in (logps, old_logps, per_token))
         importance_weights = None if importance_weights is None else importance_weights.masked_fill(~mask, 1.0)
@@ -253,6 +257,25 @@ def resolve(name: str, level: str | None, length: int | None, kl: str) -> tuple[
     return spec, level
 
 
+def options_of(token_loss: Callable[..., Tensor], given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a token loss, defaults filled in from its signature; TypeError names one that it does not have.
+
+    >>> options_of(cispo, {})["clip_high"]
+    5.0
+    """
+    bound = signature(token_loss).bind_partial(**given)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def clip_bounds(token_loss: Callable[..., Tensor], given: dict[str, Any]) -> tuple[float, float]:
+    """Outside of which ratios a token counts as clipped: none, for a loss that does not clip."""
+    options = options_of(token_loss, given)
+    if token_loss is ppo_clip:
+        return 1 - options["clip_low"], 1 + options["clip_high"]
+    return -math.inf, options.get("clip_high", math.inf)
+
+
 def check_tokens(logps: Tensor, cu_seqlens: Tensor, **per_token: Tensor | None) -> None:
     """Raise ValueError unless all given tensors are (N,) as `logps` is; masks are told by their names and must be bool."""
     if logps.dim() != 1 or cu_seqlens.dim() != 1:
@@ -266,13 +289,12 @@ def check_tokens(logps: Tensor, cu_seqlens: Tensor, **per_token: Tensor | None) 
             raise ValueError(f"{name} must be bool (True counts), got {x.dtype}")
 
 
-def _per_token(advantages: Tensor, cu_seqlens: Tensor, logps: Tensor) -> Tensor:
-    if advantages.shape == logps.shape:
-        return advantages.detach()
-    if advantages.shape == (cu_seqlens.numel() - 1, 1):
-        return segment_expand(advantages.detach()[:, 0], cu_seqlens, logps.shape[0])
-    shapes = f"{tuple(logps.shape)}, one per token, or {(cu_seqlens.numel() - 1, 1)}, one per sequence"
-    raise ValueError(f"advantages must be {shapes}: got {tuple(advantages.shape)}")
+def check_advantages(advantages: Tensor, cu_seqlens: Tensor, logps: Tensor) -> None:
+    """Raise ValueError unless there is one per token, (N,), or one per sequence, (S, 1)."""
+    per_sequence = (cu_seqlens.numel() - 1, 1)
+    if advantages.shape not in (logps.shape, per_sequence):
+        shapes = f"{tuple(logps.shape)}, one per token, or {per_sequence}, one per sequence"
+        raise ValueError(f"advantages must be {shapes}: got {tuple(advantages.shape)}")
 
 
 def _ratio(logps: Tensor, old_logps: Tensor, log_ratio: Tensor | None) -> Tensor:
@@ -284,12 +306,8 @@ def _statistics(
     spec: PolicyLoss, log_ratio: Tensor, advantages: Tensor, penalty: Tensor | None, cu_seqlens: Tensor, mask: Tensor | None, options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ratio, none = bounded_exp(log_ratio), torch.zeros_like(log_ratio)
-    low, high = none, none
-    if spec.token_loss is ppo_clip:
-        low = (ratio < 1 - options.get("clip_low", 0.2)) & (advantages < 0)
-        high = (ratio > 1 + options.get("clip_high", 0.2)) & (advantages > 0)
-    elif spec.token_loss is cispo:
-        high = (ratio > options.get("clip_high", 5.0)) & (advantages > 0)
-    sums = (torch.ones_like(none), low.to(none), high.to(none), none if penalty is None else penalty)
-    tokens, low, high, kl = (segment_sum(x, cu_seqlens, mask) for x in sums)
-    return tokens, low, high, kl
+    low, high = clip_bounds(spec.token_loss, options)
+    clipped = (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+    sums = (torch.ones_like(none), *(x.to(none) for x in clipped), none if penalty is None else penalty)
+    tokens, clipped_low, clipped_high, kl = (segment_sum(x, cu_seqlens, mask) for x in sums)
+    return tokens, clipped_low, clipped_high, kl
