@@ -99,3 +99,21 @@ class RankedDataConfig(DataConfig):
     def scale(self) -> tuple[float, float]:
         """Smallest and largest score, infinite where not given."""
         return -math.inf if self.scale_min is None else self.scale_min, math.inf if self.scale_max is None else self.scale_max
+
+
+@dataclass
+class PromptDataConfig(DataConfig):
+    """Options of a data set of prompts to be answered. Prompts longer than max_length are left out."""
+
+    column_names: ClassVar[tuple[str, ...]] = ("prompt", *_OPTIONAL)
+    purpose: ClassVar[str] = "online training"
+    needs: ClassVar[str] = "'prompt'"
+
+    truncation: Literal["keep_start", "keep_end", "drop"] = "drop"  # of prompts over max_length: only drop
+
+    def validate(self) -> None:
+        super().validate()
+        if self.truncation != "drop":
+            raise ConfigError(
+                f"data.truncation must be 'drop' for prompts, got {self.truncation!r}: a prompt that is cut asks something else"
+            )

@@ -106,7 +106,7 @@ class Encoder:
     def _plain(self, example: Example) -> list[str]:
         """The prompt, and the sequences with their EOS."""
         prompt, completions = str(example.prompt or ""), [str(completion) for completion in example.completions]
-        if len(prompt) > 15 and all(completion.startswith(prompt) for completion in completions):
+        if len(prompt) > 15 and completions and all(completion.startswith(prompt) for completion in completions):
             self.notices[_REPEATED] += 1
         return [prompt, *(prompt + (text if text.endswith(self._eos) else text + self._eos) for text in completions)]
 
@@ -150,7 +150,7 @@ class Encoder:
                 )
         else:
             sequences = [self._ended(text, full) for text, full in zip(texts[1:], sequences)]
-        start = min(common_prefix_length(prompt, sequence) for sequence in sequences)
+        start = min((common_prefix_length(prompt, sequence) for sequence in sequences), default=len(prompt))
         if start < len(prompt):
             self._moved(example, texts, prompt, start)
         masks: list[list[bool]] = []
@@ -166,7 +166,10 @@ class Encoder:
         share = self._shared_ids.__getitem__
         try:
             return Encoded(
-                example, list(map(share, sequences[0][:start])), [list(map(share, sequence[start:])) for sequence in sequences], masks
+                example,
+                list(map(share, (sequences or [prompt])[0][:start])),
+                [list(map(share, sequence[start:])) for sequence in sequences],
+                masks,
             )
         except IndexError:
             worst = max(max(part, default=0) for part in ids)

@@ -22,8 +22,8 @@ _TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "contin
 class Example:
     """A valid row. The prompt and the completions are all text or all message lists.
 
-    Without a prompt (None) the one completion is a whole text or conversation. `index` counts examples from 0, `scored`
-    says which tokens are labels, `labels` and `margin` are those of `Sample`.
+    Without a prompt (None) the one completion is a whole text or conversation; without completions it is a prompt to
+    answer. `index` counts examples from 0, `scored` says which tokens are labels, `labels` and `margin` are those of `Sample`.
     """
 
     place: str
@@ -39,7 +39,7 @@ class Example:
 
     @property
     def conversational(self) -> bool:
-        return not isinstance(self.completions[0], str)
+        return not isinstance(self.completions[0] if self.completions else self.prompt, str)
 
     def prompt_key(self) -> bytes:
         """Digest that is equal for equal prompts (text or messages, with their tools).

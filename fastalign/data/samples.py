@@ -207,7 +207,7 @@ def _cut(encoded: Encoded, data: Format, config: DataConfig, report: DataReport)
     report.count_lengths(len(encoded.prompt), [(name, len(ids)) for name, ids in zip(_names(data, encoded), encoded.completions)])
     prompt, completions, masks = tuple(encoded.prompt), [tuple(c) for c in encoded.completions], [tuple(m) for m in encoded.masks]
     skip = [0] * len(completions)
-    limit, longest = config.max_length, max(map(len, completions))
+    limit, longest = config.max_length, max(map(len, completions), default=0)
     over = limit is not None and len(prompt) + longest > limit
     after = f" after truncation to max_length={limit}" if over else ""
     if limit is not None and over:
