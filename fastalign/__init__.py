@@ -11,6 +11,10 @@ _HOMES = {
     "linear_logps": "fastalign.head.api",
     "linear_loss": "fastalign.head.api",
     "linear_cross_entropy": "fastalign.head.api",
+    "linear_divergence": "fastalign.head.divergence",
+    "linear_divergence_outputs": "fastalign.head.divergence",
+    "linear_divergence_loss": "fastalign.head.divergence",
+    "DivergenceOutput": "fastalign.head.divergence",
     "HeadOutput": "fastalign.types",
     "PreferenceLoss": "fastalign.types",
     "segment_sum": "fastalign.segments",
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
     from fastalign.head.api import linear_cross_entropy as linear_cross_entropy
     from fastalign.head.api import linear_logps as linear_logps
     from fastalign.head.api import linear_loss as linear_loss
+    from fastalign.head.divergence import DivergenceOutput as DivergenceOutput
+    from fastalign.head.divergence import linear_divergence as linear_divergence
+    from fastalign.head.divergence import linear_divergence_loss as linear_divergence_loss
+    from fastalign.head.divergence import linear_divergence_outputs as linear_divergence_outputs
     from fastalign.models.heads import HeadSpec as HeadSpec
     from fastalign.models.heads import head_spec as head_spec
     from fastalign.models.load import load_model as load_model

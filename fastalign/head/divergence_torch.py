@@ -159,6 +159,6 @@ def _log_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tens
     """
     d = log_q - log_p
     below = d <= 0
-    share = torch.where(below, beta, 1 - beta).to(d.dtype)
+    share = torch.full_like(d, 1 - beta).masked_fill_(below, beta)
     r = torch.log1p(share * torch.expm1(-d.abs()))
     return torch.where(below, r, d + r), torch.where(below, r - d, r)

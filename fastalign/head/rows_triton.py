@@ -225,7 +225,7 @@ def update(state: RowState, x: Tensor, target: Tensor, first: int, logits: Logit
                 columns,
                 first,
                 target.contiguous(),
-                *_map(logits),
+                *map_arguments(logits),
                 state.target_logit,
                 state.m,
                 state.s,
@@ -267,7 +267,7 @@ def gradient_(
                 columns,
                 first,
                 target.contiguous(),
-                *_map(logits),
+                *map_arguments(logits),
                 vocabulary,
                 lse.contiguous(),
                 entropy.contiguous() if entropy is not None else None,
@@ -289,7 +289,7 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"a tile must be fp32, bf16 or fp16 with contiguous rows, got {x.dtype}, strides {x.stride()}: use impl='torch'")
 
 
-def _map(logits: LogitMap) -> tuple[Tensor | None, Tensor | None, float, float]:
+def map_arguments(logits: LogitMap) -> tuple[Tensor | None, Tensor | None, float, float]:
     """(bias, per-row 1 / temperature, inner, outer) of `load_logits`."""
     bias = None if logits.bias is None else logits.bias.contiguous()
     given = logits.inv_temperature

@@ -53,8 +53,8 @@ class Problem:
     def reference(self) -> HeadOutput:
         return reference_logps(self.hidden, self.weight, self.target, **self.options)
 
-    def plain_gradients(self) -> list[Tensor]:
-        """As a trainer without us computes them: logits in the working dtype."""
+    def plain_logits(self) -> Tensor:
+        """In the working dtype throughout."""
         logits = self.hidden @ self.weight.T
         if self.lora is not None:
             logits = logits + self.lora[0] @ self.lora[1].T
@@ -64,7 +64,11 @@ class Problem:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         t = self.temperature
-        logits = logits / (t.to(logits.dtype).unsqueeze(1) if isinstance(t, Tensor) else t)
+        return logits / (t.to(logits.dtype).unsqueeze(1) if isinstance(t, Tensor) else t)
+
+    def plain_gradients(self) -> list[Tensor]:
+        """As a trainer without us computes them: logits in the working dtype."""
+        logits = self.plain_logits()
         log_p = logits.log_softmax(-1)
         live = self.target >= 0
         out = HeadOutput(
