@@ -30,7 +30,7 @@ from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.heads import HeadSpec, head_spec
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.packing import collate, pack
-from fastalign.segments import segment_sum
+from fastalign.segments import segment_sum, shared_length_sum
 from fastalign.types import PackedBatch, Sample
 
 
@@ -63,65 +63,90 @@ class ReferenceData(Protocol):
     fingerprint: str
 
 
-def build_reference(model: Any, config: ReferenceOptions, data: ReferenceData, folder: str | Path) -> Reference:
+def build_reference(
+    model: Any, config: ReferenceOptions, data: ReferenceData, folder: str | Path, *, ld_alpha: float | None = None
+) -> Reference:
     """The reference of a run, by `config.reference` (auto, adapter, cache, copy), while `model` still is what it starts from.
 
-    A cache lies in `folder`/reference. Raises ConfigError for a mode that the model cannot serve.
+    A cache lies in `folder`/reference. With `ld_alpha` its log-probs are LD-DPO's (`segments.shared_length_sum`). Raises
+    ConfigError for a mode that the model cannot serve.
     """
     mode = config.reference
     if mode == "auto":
         mode = "adapter" if has_adapter(model) else "cache"
     if mode == "adapter":
-        return AdapterReference(model, budget=config.logits_budget)
+        return AdapterReference(model, budget=config.logits_budget, ld_alpha=ld_alpha)
     if mode == "copy":
-        return CopyReference(model, budget=config.logits_budget)
+        return CopyReference(model, budget=config.logits_budget, ld_alpha=ld_alpha)
     if mode == "cache":
         samples = [*data.samples, *data.eval_samples]
         return CachedReference.build(
-            model, samples, Path(folder) / "reference", data.fingerprint, max_tokens=config.max_tokens, budget=config.logits_budget
+            model,
+            samples,
+            Path(folder) / "reference",
+            data.fingerprint,
+            max_tokens=config.max_tokens,
+            budget=config.logits_budget,
+            ld_alpha=ld_alpha,
         )
     raise ConfigError(f"reference must be auto, adapter, cache or copy, got {mode!r}")
 
 
-def sequence_logps(model: nn.Module, batch: PackedBatch, *, head: HeadSpec | None = None, budget: int | None = None) -> Tensor:
+def sequence_logps(
+    model: nn.Module, batch: PackedBatch, *, head: HeadSpec | None = None, budget: int | None = None, ld_alpha: float | None = None
+) -> Tensor:
     """(S,) float32 log-probs of each sequence's completion under `model` as it stands, without gradient or dropout.
 
-    `head` is `head_spec(model)`, for those who call this often.
+    `head` is `head_spec(model)`, for those who call this often. With `ld_alpha` the sums are LD-DPO's, of pairs of sequences.
     """
     head = head_spec(model) if head is None else head
     with evaluation(model):
         hidden = trunk(model, batch).hidden.index_select(0, batch.live)
         logps = head.logps(hidden, batch.live_target, live_rows=len(batch.live_target), budget=budget).logps
+        if ld_alpha is not None:
+            return shared_length_sum(logps, batch.live_cu_seqlens, ld_alpha).float()
         return segment_sum(logps, batch.live_cu_seqlens).float()
 
 
 class AdapterReference:
     """The trained model without its adapter, or with the adapter that training started from."""
 
-    def __init__(self, model: Any, *, budget: int | None = None) -> None:
+    def __init__(self, model: Any, *, budget: int | None = None, ld_alpha: float | None = None) -> None:
         if not has_adapter(model):
             raise ConfigError("reference=adapter needs an adapter: set lora.r, or use reference=cache or copy for full fine-tuning")
-        self.model, self.budget = model, budget
+        self.model, self.budget, self.ld_alpha = model, budget, ld_alpha
         with reference_adapter(model):
             self.head = head_spec(model)
 
     def logps(self, batch: PackedBatch) -> Tensor:
         with reference_adapter(self.model):
-            return sequence_logps(self.model, batch, head=self.head, budget=self.budget)
+            return sequence_logps(self.model, batch, head=self.head, budget=self.budget, ld_alpha=self.ld_alpha)
 
 
 class CopyReference:
-    """A frozen second model on `device` (None: that of the model)."""
+    """A frozen second model on `device` (None: that of the model). It can follow the trained one (`mix`)."""
 
-    def __init__(self, model: Any, *, device: torch.device | str | None = None, budget: int | None = None) -> None:
+    def __init__(
+        self, model: Any, *, device: torch.device | str | None = None, budget: int | None = None, ld_alpha: float | None = None
+    ) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         if device is not None:
             self.model.to(device)
         self.head = head_spec(self.model)
-        self.device, self.budget = next(self.model.parameters()).device, budget
+        self.device, self.budget, self.ld_alpha = next(self.model.parameters()).device, budget, ld_alpha
 
     def logps(self, batch: PackedBatch) -> Tensor:
-        return sequence_logps(self.model, batch.to(self.device), head=self.head, budget=self.budget).to(batch.input_ids.device)
+        found = sequence_logps(self.model, batch.to(self.device), head=self.head, budget=self.budget, ld_alpha=self.ld_alpha)
+        return found.to(batch.input_ids.device)
+
+    @torch.no_grad()
+    def mix(self, model: nn.Module, alpha: float) -> None:
+        """Move every weight to `alpha` times that of `model` plus `1 - alpha` times its own.
+
+        The soft update of Gorbatovski 2024 (TR-DPO), arXiv:2404.09656 eq. 3; alpha 1 is its hard one.
+        """
+        for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
+            own.mul_(1 - alpha).add_(other.to(own.device), alpha=alpha)
 
 
 class CachedReference:
@@ -144,18 +169,19 @@ class CachedReference:
         *,
         max_tokens: int,
         budget: int | None = None,
+        ld_alpha: float | None = None,
     ) -> CachedReference:
         """Read the cache of this model and these samples from `folder`, or compute and write it.
 
         With an adapter on the model the reference is the model without it, as in `AdapterReference`. A file that cannot
         be read, or that belongs to other samples, is computed anew.
         """
-        key = _key(model, samples, data_fingerprint)
+        key = _key(model, samples, data_fingerprint if ld_alpha is None else f"{data_fingerprint} ld_alpha {ld_alpha}")
         file = folder / f"{key[:32]}.safetensors"
         count = sum(len(sample.completions) for sample in samples)
         logps = _read(file, key, count)
         if logps is None:
-            logps = _compute(model, samples, max_tokens, budget)
+            logps = _compute(model, samples, max_tokens, budget, ld_alpha)
             _write(file, logps, {"key": key, "data": data_fingerprint, "sequences": str(count)})
         return cls(samples, logps)
 
@@ -175,7 +201,7 @@ def _key(model: Any, samples: Sequence[Sample], data_fingerprint: str) -> str:
     return digest.hexdigest()
 
 
-def _compute(model: Any, samples: Sequence[Sample], max_tokens: int, budget: int | None) -> Tensor:
+def _compute(model: Any, samples: Sequence[Sample], max_tokens: int, budget: int | None, ld_alpha: float | None) -> Tensor:
     device = next(model.parameters()).device
     starts = (0, *accumulate(len(sample.completions) for sample in samples))
     logps = torch.empty(starts[-1], dtype=torch.float32)
@@ -183,7 +209,8 @@ def _compute(model: Any, samples: Sequence[Sample], max_tokens: int, budget: int
     with off:
         head = head_spec(model)
         for bin_ in pack([sample.num_tokens for sample in samples], max_tokens):
-            found = sequence_logps(model, collate([samples[i] for i in bin_]).to(device), head=head, budget=budget).cpu()
+            batch = collate([samples[i] for i in bin_]).to(device)
+            found = sequence_logps(model, batch, head=head, budget=budget, ld_alpha=ld_alpha).cpu()
             places = [row for i in bin_ for row in range(starts[i], starts[i + 1])]
             logps[places] = found
     return logps

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -32,6 +32,28 @@ class Objective(Protocol):
 
     def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
         """The step's metrics, under TRL's names, from the sums over all its micro-batches."""
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """An objective whose loss couples all samples of a step."""
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Called without gradient before the step's first micro-batch, with all its samples: what `loss` must know of the others."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An objective that changes from step to step. Checkpoints hold its state, so that a resumed run is the same run."""
+
+    def after_step(self, step: int) -> None:
+        """Called after optimizer step `step`, counted from 1."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `after_step` has changed."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
 
 
 class Dataset(Protocol):

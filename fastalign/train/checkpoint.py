@@ -4,6 +4,7 @@
         weights.safetensors      the trainable weights (of a LoRA run: the adapter)
         optimizer.safetensors    moments, step counts, float32 copies
         rng.safetensors          generator states of torch, CUDA, numpy and Python
+        objective.safetensors    what else the algorithm changes as it trains (DPO: a reference that follows), if anything
         state.json               counters, options, fingerprints of the data and of the initial model; sizes and CRC-32 of the files
 
 A folder is written under a temporary name, synced, and renamed, so that a kill or a full disk at any moment leaves the last good one.
@@ -54,7 +55,14 @@ class Identity:
 
 
 def save(
-    folder: Path, progress: Progress, identity: Identity, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], *, keep: int
+    folder: Path,
+    progress: Progress,
+    identity: Identity,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    objective: Mapping[str, Tensor] | None = None,
+    *,
+    keep: int,
 ) -> Path:
     """Write `folder/step-NNNNNN`, then delete all but the newest `keep` checkpoints. Raises OutputError, leaving the older ones whole."""
     target = folder / f"step-{progress.step:06d}"
@@ -63,7 +71,8 @@ def save(
         folder.mkdir(exist_ok=True)
         temporary.mkdir()
         try:
-            for name, tensors in {"weights": weights, "optimizer": optimizer, "rng": _rng_state()}.items():
+            parts = {"weights": weights, "optimizer": optimizer, "rng": _rng_state(), **({"objective": objective} if objective else {})}
+            for name, tensors in parts.items():
                 save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
             files = {f.name: [f.stat().st_size, _crc(f)] for f in sorted(temporary.iterdir())}
             state = {"format": _FORMAT, "progress": asdict(progress), "identity": asdict(identity), "files": files}

@@ -22,7 +22,7 @@ from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.heads import lm_head_weight
 from fastalign.models.save import save_final
 from fastalign.models.trunk import causal_lm
-from fastalign.objectives.base import RunConfig
+from fastalign.objectives.base import RunConfig, Stateful
 from fastalign.packing import collate
 from fastalign.train import checkpoint
 from fastalign.train.card import write_card
@@ -146,6 +146,8 @@ class _Run:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += 1
             logger.warning("%s; the step is skipped", self._name_nonfinite(values["loss"]))
+        if isinstance(self.objective, Stateful):
+            self.objective.after_step(progress.step)
         seconds = time.perf_counter() - started
         metrics |= {
             "grad_norm": norm,
@@ -211,6 +213,8 @@ class _Run:
         checkpoint.restore_weights(self.optimizer.named, checkpoint.load_tensors(found.path, "weights"), found.path)
         self.optimizer.load_state(checkpoint.load_tensors(found.path, "optimizer"))
         checkpoint.restore_rng(checkpoint.load_tensors(found.path, "rng"))
+        if isinstance(self.objective, Stateful) and "objective.safetensors" in found.state["files"]:
+            self.objective.load_state(checkpoint.load_tensors(found.path, "objective"))
         self.progress = Progress(**found.state["progress"])
         self.saved_step = self.progress.step
         logger.info("%s: continuing after step %d", self.folder.path, self.progress.step)
@@ -223,6 +227,7 @@ class _Run:
             self.identity,
             self.optimizer.named,
             self.optimizer.state(),
+            self.objective.state() if isinstance(self.objective, Stateful) else None,
             keep=self.config.keep_checkpoints,
         )
         self.saved_step = self.progress.step

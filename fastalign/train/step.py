@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import ConfigError, DataError
-from fastalign.objectives.base import Objective, RunConfig
+from fastalign.objectives.base import Objective, Prepared, RunConfig
 from fastalign.packing import collate, pack
 from fastalign.types import Sample
 
@@ -88,7 +88,11 @@ def run_step(
 
     Returns the metric sums, still on the device, and the denominators. None of it depends on how the samples are cut into bins.
     """
-    denominators = objective.denominators([sample for members in bins for sample in members])
+    samples = [sample for members in bins for sample in members]
+    denominators = objective.denominators(samples)
+    if isinstance(objective, Prepared):
+        with torch.no_grad():
+            objective.prepare(samples)
     totals: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
         for members in bins:
