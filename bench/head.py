@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     stem = options.output / f"head_{head_page.machine_kind(device)}"
     table, page = stem.with_suffix(".csv"), stem.with_suffix(".md")
     rows = {row.key: row for row in head_rows.read(table)} if options.append and table.exists() else {}
-    now, command = commit(), " ".join(["python -m bench head", *argv])
+    now, command = commit(), " ".join(["python -m bench head", *_without_folder(argv)])
 
     def save() -> None:
         head_rows.write(table, rows.values())
@@ -101,6 +101,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.dtypes = options.dtypes or (["bfloat16"] if cuda else list(DTYPES))
     options.repeats = 1 if options.quick else options.repeats or (15 if cuda else 5)
     return options
+
+
+def _without_folder(argv: list[str]) -> list[str]:
+    """The arguments that decide what is measured and how."""
+    at = argv.index("--output") if "--output" in argv else len(argv)
+    return argv[:at] + argv[at + 2 :]
 
 
 def _shape(text: str) -> Shape:

@@ -149,7 +149,7 @@ def test_small_run(tmp_path, capsys):
     assert all(row.status == "measured" and row.median_ms and row.bare_gemms_ms and row.d_hidden_error for row in rows)
     assert rows[0].logps_error_nats < 1e-4 < 1e-3 < rows[1].logps_error_nats  # bfloat16 in, float32 out: only ours
     page = (tmp_path / "head_cpu.md").read_text()
-    assert page.count("- command:") == 2
+    assert page.count("- command:") == 2 and "--dtypes bfloat16 --tasks grpo" in page and str(tmp_path) not in page
     assert "x bare" in capsys.readouterr().out
 
 
