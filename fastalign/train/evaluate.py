@@ -1,4 +1,4 @@
-"""`fastalign eval`: how often a model prefers the chosen answer of held-out pairs, and by how much."""
+"""`fastalign eval`: what a model makes of held-out pairs, rankings or texts, beside the model that it started from."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import yaml
 from torch import Tensor
 
-from fastalign.data.config import DataConfig
+from fastalign.data.config import DataConfig, RankedDataConfig, SupervisedDataConfig
 from fastalign.data.preferences import load_preferences
+from fastalign.data.ranked import load_ranked
+from fastalign.data.samples import Samples
+from fastalign.data.sources import read_rows
+from fastalign.data.supervised import load_supervised
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.errors import ConfigError, ModelError
 from fastalign.losses import PREFERENCE_LOSSES
@@ -25,33 +30,52 @@ from fastalign.models.config import ModelConfig
 from fastalign.models.heads import head_spec
 from fastalign.models.load import load_model
 from fastalign.models.reference import sequence_logps
+from fastalign.models.trunk import causal_lm, evaluation, trunk
+from fastalign.models.value_head import is_reward_model, load_reward_model, scores
 from fastalign.packing import collate, pack
+from fastalign.segments import segment_sum
 from fastalign.train.config import write_text
+from fastalign.train.evaluation_page import RELIABILITY, figure_rows, reliability_rows, write_page
+from fastalign.train.measures import margins_of, preference_figures, reward_figures, text_figures
 from fastalign.train.step import check_lengths
-from fastalign.types import Sample
+from fastalign.types import PackedBatch, Sample
+
+Data = TypeVar("Data", bound=DataConfig)
+
+
+@dataclass
+class EvalDataConfig(SupervisedDataConfig):
+    """Options of the data set, of any of the kinds that can be trained on."""
+
+    column_names: ClassVar[tuple[str, ...]] = tuple(
+        dict.fromkeys((*DataConfig.column_names, *SupervisedDataConfig.column_names, *RankedDataConfig.column_names))
+    )
 
 
 @dataclass
 class EvalConfig:
-    """Preference accuracy, margins and loss of a model on held-out pairs.
+    """Figures of a model on held-out data: of preference pairs accuracy, margins and loss, of texts the perplexity, and what a
+    reward model makes of pairs and rankings.
 
-    With a reference the accuracy is that of the implicit reward beta * (log p - log p_ref), as in training.
+    With a reference the accuracy of pairs is that of the implicit reward beta * (log p - log p_ref), as in training.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """A run, its final/, a LoRA adapter, or a model."""
-    data: DataConfig = field(default_factory=DataConfig)
+    """A run, its final/, a LoRA adapter, or a model; a reward model, too."""
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
 
     reference: str = "auto"
     """Model to compare with: a folder, none, or auto (the model that the run or adapter started from; none for a plain model)."""
     beta: float | None = None
     """Strength of the reward; none: that of the run, else 0.1."""
-    loss_type: Literal["sigmoid", "ipo", "hinge"] | None = None
-    """none: that of the run, else sigmoid."""
+    loss_type: str | None = None
+    """Whose loss to tell of pairs: sigmoid, ipo, ...; none: that of the run, else sigmoid."""
+    kl: bool = False
+    """Also the divergence KL(model || reference) per scored token, exact over the vocabulary; holds both models in memory."""
     max_tokens: int = 4096
     """Tokens per batch; bounds the memory, does not change the result."""
     output: str | None = None
-    """JSON file for the figures."""
+    """JSON file for the figures; a page of the same name with .html shows them with plots."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that is missing or out of range."""
@@ -61,6 +85,10 @@ class EvalConfig:
             raise ConfigError("data.path: no data given; set --data.path FILE")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ConfigError(f"beta must be positive, got {self.beta}")
+        if self.loss_type is not None and self.loss_type not in PREFERENCE_LOSSES:
+            raise ConfigError(f"loss_type must be one of {', '.join(PREFERENCE_LOSSES)}, got {self.loss_type!r}")
+        if self.kl and self.reference == "none":
+            raise ConfigError("kl is a divergence from the reference, which --reference none leaves out; name one")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
@@ -75,109 +103,152 @@ class Evaluated:
     loss_type: str | None = None
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What an evaluation found: numbers for a table, and distributions for plots."""
+
+    values: dict[str, Any]
+    margins: Tensor | None = None  # (M,) better minus worse reward
+    scores: tuple[Tensor, Tensor] | None = None  # rewards of the better and of the worse completions
+    nll: dict[str, Tensor] | None = None  # whose: (S,) nats per token of each text
+    samples: Sequence[Sample] = ()
+
+
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """The figures as one dict (see `measure`), beside the paths they belong to; written to `config.output` if that is set."""
+    """The figures as one dict (see `measures`), beside the paths they belong to; written to `config.output` if that is set.
+
+    What is measured follows from the model (a reward model scores) and else from the columns of the data: pairs or texts.
+    """
     config.validate()
     found = locate(config.model.path)
-    reference = found.start if config.reference == "auto" else None if config.reference == "none" else locate(config.reference).path
-    beta = config.beta or found.beta or 0.1
-    loss_type = config.loss_type or found.loss_type or "sigmoid"
-    tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
-
     started = time.perf_counter()
-    policy = _load(config.model, found.path)
-    data = load_preferences(config.data, tokenizer, vocab_size=head_spec(policy).weight.shape[0])
-    held_out = config.data.eval_fraction or config.data.eval_path or config.data.eval_split
-    samples = data.eval_samples if held_out else data.samples
-    check_lengths(samples, config.max_tokens)
-    logps = completion_logps(policy, samples, config.max_tokens, label="model")
-    del policy
-    gc.collect()  # the policy makes room before the reference comes
-    ref_logps = None
-    if reference:
-        ref_logps = completion_logps(_load_reference(config, reference), samples, config.max_tokens, label="reference")
-    seconds = time.perf_counter() - started
-
-    lengths = torch.tensor([s.scored for s in samples]).clamp(min=1)
-    figures = measure(logps, ref_logps, lengths, beta=beta, loss_type=loss_type)
-    result: dict[str, Any] = {"model": config.model.path, "reference": reference, "data": config.data.path, **figures}
-    if reference:
-        result |= {"beta": beta, "loss_type": loss_type}
-    result["seconds"] = round(seconds, 3)
+    if is_reward_model(found.path):
+        if config.kl or config.reference not in ("auto", "none"):
+            raise ConfigError(f"{found.path} is a reward model, which scores without a reference; leave out reference and kl")
+        reference, figures = None, _of_reward_model(config, found)
+    else:
+        reference = found.start if config.reference == "auto" else None if config.reference == "none" else locate(config.reference).path
+        measure = _of_pairs if _holds_pairs(config.data) else _of_texts
+        figures = measure(config, found, reference)
+        if config.kl and reference:
+            figures.values.update(_kl_figures(config, _load(config, found.path), _load_reference(config, reference), figures.samples))
+    result: dict[str, Any] = {"model": config.model.path, "reference": reference, "data": config.data.path, **figures.values}
+    result["seconds"] = round(time.perf_counter() - started, 3)
     if config.output:
         write_text(Path(config.output), json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+        write_page(Path(config.output).with_suffix(".html"), result, figures.margins, figures.scores, figures.nll)
     return result
 
 
-def measure(
-    logps: Tensor,  # (P, 2) float32, nats: chosen, rejected
-    ref_logps: Tensor | None,  # (P, 2)
-    lengths: Tensor,  # (P, 2) scored tokens
-    *,
-    beta: float,
-    loss_type: str,
-) -> dict[str, Any]:
-    """Means over the pairs, under TRL's names, and the accuracies with Wilson's 95 % interval.
-
-    `logps/accuracy` says how often the chosen answer is the more probable one, `logps/accuracy_per_token` the same of the mean
-    per token; with a reference `rewards/*` and `loss` are those of training. Ties count against the model, as in training.
-    """
-    pairs = len(logps)
-    per_token = logps / lengths
-    accuracies = {"logps/accuracy": logps, "logps/accuracy_per_token": per_token}
-    means = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
-    means |= {"logps/chosen_per_token": per_token[:, 0], "logps/rejected_per_token": per_token[:, 1]}
-    if ref_logps is not None:
-        options: dict[str, Any] = {"beta": beta}
-        if loss_type == "ipo":
-            options |= {"chosen_lengths": lengths[:, 0], "rejected_lengths": lengths[:, 1]}
-        outcome = PREFERENCE_LOSSES[loss_type](logps[:, 0], logps[:, 1], ref_logps[:, 0], ref_logps[:, 1], **options)
-        rewards = torch.stack([outcome.chosen_rewards, outcome.rejected_rewards], 1)
-        accuracies = {"rewards/accuracies": rewards, **accuracies}
-        means = {
-            "loss": outcome.loss,
-            "rewards/chosen": outcome.chosen_rewards,
-            "rewards/rejected": outcome.rejected_rewards,
-            "rewards/margins": outcome.chosen_rewards - outcome.rejected_rewards,
-            **means,
-        }
-    result: dict[str, Any] = {"pairs": pairs, "num_tokens": int(lengths.sum())}
-    for name, scores in accuracies.items():
-        right = int((scores[:, 0] > scores[:, 1]).sum())
-        result |= {name: right / pairs, f"{name}_ci95": list(wilson(right, pairs))}
-    result["ties"] = int((next(iter(accuracies.values())).diff(dim=1) == 0).sum())
-    return result | {name: values.mean().item() for name, values in means.items()}
+def _of_pairs(config: EvalConfig, found: Evaluated, reference: str | None) -> Figures:
+    beta = config.beta or found.beta or 0.1
+    loss_type = config.loss_type or (found.loss_type if found.loss_type in PREFERENCE_LOSSES else "sigmoid")
+    policy = _load(config, found.path)
+    tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
+    data = load_preferences(_options_for(DataConfig, config.data), tokenizer, vocab_size=head_spec(policy).weight.shape[0])
+    samples = _held_out(config, data)
+    logps = _pair_logps(config, policy, samples, "model")
+    del policy
+    gc.collect()  # the policy makes room before the reference comes
+    ref_logps = _pair_logps(config, _load_reference(config, reference), samples, "reference") if reference else None
+    lengths = torch.tensor([sample.scored for sample in samples]).clamp(min=1)
+    values = preference_figures(logps, ref_logps, lengths, beta=beta, loss_type=loss_type)
+    if ref_logps is None:
+        return Figures(values)
+    values |= {"beta": beta, "loss_type": loss_type}
+    chosen, rejected = (beta * (logps - ref_logps)).unbind(1)
+    return Figures(values, chosen - rejected, (chosen, rejected), samples=samples)
 
 
-def completion_logps(model: Any, samples: Sequence[Sample], max_tokens: int, *, label: str = "") -> Tensor:
-    """(P, 2) float32 on the host: log-probabilities of the completions of each sample, summed over their tokens, in nats.
+def _of_reward_model(config: EvalConfig, found: Evaluated) -> Figures:
+    tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model = load_reward_model(replace(config.model, path=found.path), pad_token_id=pad)
+    options = _options_for(RankedDataConfig, config.data)
+    data = load_ranked(options, tokenizer, vocab_size=len(causal_lm(model).get_input_embeddings().weight))
+    samples = _held_out(config, data)
+
+    def score(batch: PackedBatch) -> Tensor:
+        with evaluation(model):
+            return scores(model, batch)
+
+    rewards = by_sample(score, samples, config.max_tokens, _device(model), label="rewards")
+    values = reward_figures(rewards)
+    margins = margins_of(rewards)
+    better, worse = torch.cat([found[:-1] for found in rewards]), torch.cat([found[1:] for found in rewards])
+    return Figures(values, margins, (better, worse))
+
+
+def _of_texts(config: EvalConfig, found: Evaluated, reference: str | None) -> Figures:
+    policy = _load(config, found.path)
+    tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
+    options = _options_for(SupervisedDataConfig, config.data)
+    samples = _held_out(config, load_supervised(options, tokenizer, vocab_size=head_spec(policy).weight.shape[0]))
+    tokens = torch.tensor([float(sample.num_targets) for sample in samples])
+    sums = _text_sums(config, policy, samples)
+    del policy
+    gc.collect()
+    count = tokens.sum().clamp(min=1)
+    values: dict[str, Any] = {"samples": len(samples), "num_tokens": int(count), **text_figures(sums[:, 0], tokens)}
+    values |= {"entropy": (sums[:, 1].sum() / count).item(), "mean_token_accuracy": (sums[:, 2].sum() / count).item()}
+    nll = {"model": sums[:, 0] / tokens.clamp(min=1)}
+    if reference:
+        own = _load_reference(config, reference)
+        logps = by_sample(lambda batch: sequence_logps(own, batch), samples, config.max_tokens, _device(own), label="reference")
+        ref_nll = -torch.cat(logps)
+        values |= {f"reference/{name}": value for name, value in text_figures(ref_nll, tokens).items()}
+        nll["reference"] = ref_nll / tokens.clamp(min=1)
+    return Figures(values, nll=nll, samples=samples)
+
+
+def _text_sums(config: EvalConfig, model: Any, samples: Sequence[Sample]) -> Tensor:
+    """(S, 3) float32 on the host: negative log-likelihood, entropy and number of first choices, summed over each text's scored tokens."""
+    head = head_spec(model)
+
+    def score(batch: PackedBatch) -> Tensor:
+        with evaluation(model):
+            hidden = trunk(model, batch).hidden.index_select(0, batch.live)
+            out = head.logps(hidden, batch.live_target, outputs=("logps", "entropy", "is_top1"), live_rows=len(batch.live_target))
+            assert out.entropy is not None
+            assert out.is_top1 is not None
+            columns = (-out.logps, out.entropy, out.is_top1.float())
+            return torch.stack([segment_sum(column, batch.live_cu_seqlens) for column in columns], 1)
+
+    return torch.cat(by_sample(score, samples, config.max_tokens, _device(model), label="model"))
+
+
+def _kl_figures(config: EvalConfig, policy: Any, reference: Any, samples: Sequence[Sample]) -> dict[str, float]:
+    """KL(model || reference) over the whole vocabulary, mean over the scored tokens: how far training went, where the data is."""
+    head, ref_head = head_spec(policy), head_spec(reference)
+
+    def score(batch: PackedBatch) -> Tensor:
+        with evaluation(policy), evaluation(reference):
+            hidden, ref_hidden = (trunk(model, batch).hidden.index_select(0, batch.live) for model in (policy, reference))
+            kl = head.divergence(hidden, ref_head, ref_hidden, kind="reverse_kl")
+            return segment_sum(kl, batch.live_cu_seqlens)
+
+    total = torch.cat(by_sample(score, samples, config.max_tokens, _device(policy), label="KL")).sum().item()
+    return {"kl": total / max(1, sum(sample.num_targets for sample in samples))}
+
+
+def by_sample(
+    score: Callable[[PackedBatch], Tensor], samples: Sequence[Sample], max_tokens: int, device: torch.device, *, label: str = ""
+) -> list[Tensor]:
+    """What `score` gives for packed sequences, (S, ...), as one tensor on the host per sample, (its completions, ...).
 
     With a `label` a terminal shows a progress bar of that name.
     """
     from rich.console import Console
     from rich.progress import track
 
-    head, device = head_spec(model), next(model.parameters()).device
-    result = torch.empty(len(samples), 2)
-    bins = pack([sample.num_tokens for sample in samples], max_tokens)
+    check_lengths(samples, max_tokens)
+    result: dict[int, Tensor] = {}
+    bins: Iterable[list[int]] = pack([sample.num_tokens for sample in samples], max_tokens)
     for members in track(bins, label, console=Console(stderr=True), transient=True, disable=not (label and sys.stderr.isatty())):
-        batch = collate([samples[i] for i in members]).to(device)
-        result[members] = sequence_logps(model, batch, head=head).view(-1, 2).cpu()
-    return result
-
-
-def wilson(right: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default: honest also near 0 and 1 and for few trials.
-
-    >>> [round(bound, 3) for bound in wilson(9, 10)]
-    [0.596, 0.982]
-    """
-    if not trials:
-        return 0.0, 1.0
-    share, square = right / trials, z * z / trials
-    centre = (share + square / 2) / (1 + square)
-    spread = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return max(0.0, centre - spread), min(1.0, centre + spread)
+        inside = [samples[i] for i in members]
+        parts = score(collate(inside).to(device)).cpu().split([len(sample.completions) for sample in inside])
+        result.update(zip(members, parts))
+    return [result[i] for i in range(len(samples))]
 
 
 def locate(path: str) -> Evaluated:
@@ -186,7 +257,7 @@ def locate(path: str) -> Evaluated:
     if (folder / "config.yaml").is_file():
         options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
         if not (folder / "final").is_dir():
-            raise ModelError(f"{path}: the run has no final/ yet; finish it with `fastalign dpo --resume --output {path}`")
+            raise ModelError(f"{path}: the run has no final/ yet; finish it with --resume --output {path}")
         start = (options.get("lora") or {}).get("adapter") or (options.get("model") or {}).get("path")
         return Evaluated(str(folder / "final"), start, options.get("beta"), options.get("loss_type"))
     if (folder / "adapter_config.json").is_file():
@@ -196,30 +267,65 @@ def locate(path: str) -> Evaluated:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the figures as a table."""
+    """Print the figures as a table, and the reliability table where there is one."""
     from rich.console import Console
     from rich.table import Table
 
-    against = f", reference {result['reference']}" if result["reference"] else ", no reference"
+    against = f", reference {result['reference']}" if result["reference"] else ""
     table = Table(title=f"{result['model']} on {result['data']}{against}", title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    for name, value in result.items():
-        if name in ("model", "reference", "data") or name.endswith("_ci95"):
-            continue
-        interval = result.get(f"{name}_ci95")
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown, f"{interval[0]:.4f} – {interval[1]:.4f}" if interval else "")
-    Console(markup=False).print(table)
+    for heading in ("metric", "value", "95 % interval"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for row in figure_rows(result):
+        table.add_row(*row)
+    console = Console(markup=False)
+    console.print(table)
+    if bins := result.get("calibration"):
+        table = Table(title="calibration: are pairs with a margin of that confidence right that often?", title_justify="left")
+        for heading in RELIABILITY:
+            table.add_column(heading, justify="right")
+        for row in reliability_rows(bins):
+            table.add_row(*row)
+        console.print(table)
 
 
-def _load(options: ModelConfig, path: str) -> Any:
-    return load_model(replace(options, path=path))
+def _held_out(config: EvalConfig, data: Samples) -> list[Sample]:
+    options = config.data
+    samples = data.eval_samples if options.eval_fraction or options.eval_path or options.eval_split else data.samples
+    check_lengths(samples, config.max_tokens)
+    return samples
+
+
+def _holds_pairs(options: DataConfig) -> bool:
+    """Whether the first row of the data is a preference pair; else it is one that supervised data can make sense of, or not."""
+    chosen = options.columns.get("chosen", "chosen")
+    return any(chosen in row for _, row in islice(read_rows(options.path, options.split, options.subset), 1))
+
+
+def _options_for(kind: type[Data], options: EvalDataConfig) -> Data:
+    """The options of `options` that data of one kind has."""
+    given = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
+    if kind is RankedDataConfig and options.truncation == "keep_start":
+        given["truncation"] = "drop"  # as in training: a reward is read at the last token
+    return kind(**given)
+
+
+def _pair_logps(config: EvalConfig, model: Any, samples: Sequence[Sample], label: str) -> Tensor:
+    """(P, 2) float32 on the host: log-probabilities of the completions of each pair, summed over their tokens, in nats."""
+    head = head_spec(model)
+    rows = by_sample(lambda batch: sequence_logps(model, batch, head=head), samples, config.max_tokens, _device(model), label=label)
+    return torch.stack(rows)
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _load(config: EvalConfig, path: str) -> Any:
+    return load_model(replace(config.model, path=path))
 
 
 def _load_reference(config: EvalConfig, path: str) -> Any:
     try:
-        return _load(config.model, path)
+        return _load(config, path)
     except ModelError as error:
         raise ModelError(f"reference: {error}; name another one with --reference DIR, or compare with nothing: --reference none") from error

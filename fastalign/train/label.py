@@ -25,8 +25,9 @@ from fastalign.models.trunk import evaluation
 from fastalign.models.value_head import is_reward_model, load_reward_model, scores
 from fastalign.packing import collate
 from fastalign.rollout.judges import CRITERIA, EndpointJudge, Judge, Verdict, load_function
-from fastalign.train.evaluate import locate, wilson
+from fastalign.train.evaluate import locate
 from fastalign.train.folder import writing
+from fastalign.train.measures import wilson
 from fastalign.types import Sample
 
 SCORES, HUMAN, ERROR = "scores", "human_scores", "judge_error"

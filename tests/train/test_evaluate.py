@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import preference_rows, save_tiny, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastalign import cli
-from fastalign.data.config import DataConfig
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.config import ModelConfig
-from fastalign.train.evaluate import EvalConfig, evaluate, locate, measure, wilson
+from fastalign.models.save import save_final
+from fastalign.models.value_head import load_reward_model
+from fastalign.train.evaluate import EvalConfig, EvalDataConfig, evaluate, locate
+from fastalign.train.measures import calibration, preference_figures, reward_figures, text_figures, wilson
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def rows_of(work: Path) -> list[dict[str, str]]:
 
 
 def config(work: Path, model: str, **options: object) -> EvalConfig:
-    return EvalConfig(ModelConfig(str(work / model)), DataConfig(str(work / "pairs.jsonl")), **options)  # type: ignore[arg-type]
+    return EvalConfig(ModelConfig(str(work / model)), EvalDataConfig(str(work / "pairs.jsonl")), **options)  # type: ignore[arg-type]
 
 
 def test_figures_equal_those_of_the_models_own_logits(work: Path) -> None:
@@ -144,7 +146,7 @@ def test_errors_name_the_remedy(work: Path, tmp_path: Path) -> None:
 def test_measure_counts_ties_against_the_model() -> None:
     logps = torch.tensor([[-1.0, -1.0], [-2.0, -4.0], [-9.0, -4.0], [-8.0, -6.0]])
     lengths = torch.tensor([[1, 1], [1, 1], [3, 1], [4, 2]])
-    result = measure(logps, None, lengths, beta=0.1, loss_type="sigmoid")
+    result = preference_figures(logps, None, lengths, beta=0.1, loss_type="sigmoid")
     assert (result["logps/accuracy"], result["ties"]) == (0.25, 1)
     assert result["logps/accuracy_per_token"] == 0.75  # -3 beats -4 and -2 beats -3 once length is out
     assert result["logps/accuracy_ci95"] == pytest.approx(wilson(1, 4))
@@ -163,3 +165,111 @@ def test_command_prints_a_table_and_writes_json(work: Path, tmp_path: Path, caps
     line = next(line for line in capsys.readouterr().out.splitlines() if " rewards/accuracies " in line)
     assert f"{figures['rewards/accuracies']:.4f}" in line
     assert f"{figures['rewards/accuracies_ci95'][0]:.4f}" in line
+
+
+def text_config(work: Path, tmp_path: Path, **options: object) -> EvalConfig:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows_of(work)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return EvalConfig(ModelConfig(str(work / "policy")), EvalDataConfig(str(tmp_path / "texts.jsonl")), **options)  # type: ignore[arg-type]
+
+
+def test_perplexity_of_texts_equals_that_of_the_models_own_logits(work: Path, tmp_path: Path) -> None:
+    policy, start = (dense_logps(work / name, rows_of(work))[:, 0] for name in ("policy", "start"))
+    lengths = [len(tiny_tokenizer()(row["prompt"] + row["chosen"])["input_ids"]) + 1 for row in rows_of(work)]
+    tokens = sum(lengths) - sum(len(tiny_tokenizer()(row["prompt"])["input_ids"]) for row in rows_of(work))
+    result = evaluate(text_config(work, tmp_path, reference=str(work / "start"), max_tokens=90))
+    assert result["num_tokens"] == tokens
+    assert result["nll"] == pytest.approx(-policy.sum().item() / tokens, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["nll"]))
+    assert result["reference/nll"] == pytest.approx(-start.sum().item() / tokens, rel=1e-5)
+    assert result["nll_ci95"][0] < result["nll"] < result["nll_ci95"][1]
+    assert 0 < result["mean_token_accuracy"] < 1
+    assert 0 < result["entropy"] < math.log(320)
+
+
+def test_kl_is_that_of_the_models_own_logits(work: Path, tmp_path: Path) -> None:
+    models = [AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.float64) for name in ("policy", "start")]
+    tokenizer, total, tokens = tiny_tokenizer(), 0.0, 0
+    for row in rows_of(work):
+        first = len(tokenizer(row["prompt"])["input_ids"]) - 1
+        ids = torch.tensor([tokenizer(row["prompt"] + row["chosen"])["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            p, q = (model(ids).logits[0, first:-1].log_softmax(-1) for model in models)
+        total, tokens = total + (p.exp() * (p - q)).sum().item(), tokens + len(p)
+    result = evaluate(text_config(work, tmp_path, reference=str(work / "start"), kl=True))
+    assert result["kl"] == pytest.approx(total / tokens, rel=1e-4)
+    assert evaluate(config(work, "policy", reference=str(work / "policy"), kl=True))["kl"] == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ConfigError, match="kl is a divergence from the reference"):
+        evaluate(config(work, "policy", reference="none", kl=True))
+
+
+@pytest.fixture(scope="module")
+def reward_model(work: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    save_final(load_reward_model(work / "policy", pad_token_id=tokenizer.pad_token_id), tokenizer, work / "reward")
+    return work / "reward"
+
+
+def test_figures_of_a_reward_model_equal_those_of_transformers(work: Path, reward_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward_model), tiny_tokenizer()
+    rewards = []
+    for row in rows_of(work):
+        texts = [row["prompt"] + row[column] + tokenizer.eos_token for column in ("chosen", "rejected")]
+        with torch.no_grad():
+            rewards.append(torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]))
+    margins = torch.stack(rewards).double() @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+    output = tmp_path / "reward.json"
+    result = evaluate(config(work, "reward", output=str(output)))
+    assert result["reference"] is None
+    assert result["accuracy"] == (margins > 0).double().mean().item()
+    assert result["margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert result["loss"] == pytest.approx(F.softplus(-margins).mean().item(), rel=1e-5)
+    assert result["max_reward"] == pytest.approx(torch.stack(rewards).max().item(), rel=1e-5)
+    assert sum(row["pairs"] for row in result["calibration"]) == 24
+    assert json.loads(output.read_text()) == result
+    page = output.with_suffix(".html").read_text()
+    assert all(f"<h3>{title}</h3>" in page for title in ("Reliability", "Margins", "Rewards"))
+    assert page.count("data:image/png;base64") == 3
+    assert f"<td>accuracy</td><td>{result['accuracy']:.4f}</td>" in page
+    with pytest.raises(ConfigError, match="is a reward model, which scores without a reference; leave out reference and kl"):
+        evaluate(config(work, "reward", reference=str(work / "start")))
+
+
+def test_rankings_count_every_two_completions(work: Path, reward_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "old lamp", "completions": [" keeps", " opens", " follows"], "scores": [1, 3, 2]}]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(EvalConfig(ModelConfig(str(reward_model)), EvalDataConfig(str(tmp_path / "ranked.jsonl"))))
+    assert (result["samples"], result["pairs"]) == (1, 3)
+    figures = reward_figures([torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.0, 0.0])])
+    assert (figures["pairs"], figures["accuracy"], figures["ties"]) == (4, 0.5, 1)
+    assert figures["margin"] == pytest.approx((2 + 1 - 1 + 0) / 4)
+
+
+def test_calibration_of_margins_that_mean_what_they_say() -> None:
+    """Pairs drawn to be right with probability sigmoid(|margin|) are calibrated; the same margins doubled are overconfident."""
+    generator = torch.Generator().manual_seed(0)
+    size = 2 * torch.randn(20000, generator=generator).abs()
+    right = torch.rand(20000, generator=generator) < size.sigmoid()
+    margins = torch.where(right, size, -size)
+    honest, boastful = calibration(margins), calibration(3 * margins)
+    assert honest["calibration/ece"] < 0.015
+    assert boastful["calibration/ece"] > 0.08
+    assert honest["calibration/brier"] < boastful["calibration/brier"]
+    for row in honest["calibration"]:
+        assert row["accuracy_ci95"][0] - 0.02 <= row["confidence"] <= row["accuracy_ci95"][1] + 0.02
+    (row,) = calibration(torch.tensor([2.0, 2.0, 2.0, -2.0]))["calibration"]
+    assert (row["from"], row["to"], row["pairs"], row["accuracy"]) == (0.85, 0.9, 4, 0.75)
+    assert calibration(torch.tensor([2.0, 2.0, 2.0, -2.0]))["calibration/ece"] == pytest.approx(1 / (1 + math.exp(-2)) - 0.75)
+
+
+def test_interval_of_the_perplexity_covers_it() -> None:
+    """Of 300 samples of texts, about 95 % have an interval that holds the mean of all texts."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(300):
+        tokens = torch.randint(5, 50, (100,), generator=generator).float()
+        figures = text_figures(tokens * (2 + 0.5 * torch.randn(100, generator=generator)), tokens)
+        covered += figures["nll_ci95"][0] <= 2 <= figures["nll_ci95"][1]
+        assert figures["perplexity_ci95"][1] == pytest.approx(math.exp(figures["nll_ci95"][1]))
+    assert 270 <= covered <= 298
