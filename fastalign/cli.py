@@ -29,7 +29,7 @@ Trains language models on texts, preferences and rewards. Every command explains
   sft          train on texts, conversations or completions: --model.path DIR --data.path FILE --output RUN
   reward       train a reward model on pairs or rankings: --model.path DIR --data.path FILE --output RUN
   dpo          train on preference pairs (DPO, IPO, hinge): --model.path DIR --data.path FILE --output RUN
-  eval         accuracy, margins and loss of a model or run on held-out pairs: --model.path RUN --data.path FILE
+  eval         accuracy and margins on held-out pairs, perplexity of texts, calibration of rewards: --model.path RUN --data.path FILE
   label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint
   report RUN   write RUN/report.html and its curves again
   data check FILE   validate a data file and show rendered samples with the loss mask in colour

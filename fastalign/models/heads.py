@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from fastalign.errors import HeadMismatchError, ModelError
 from fastalign.head.api import linear_logps, linear_loss
 from fastalign.head.autograd import LossFn
+from fastalign.head.divergence import linear_divergence, linear_divergence_loss
+from fastalign.head.divergence_autograd import LossFn as DivergenceLossFn
 from fastalign.models.trunk import causal_lm, decoder, evaluation
 from fastalign.types import HeadOutput
 
@@ -58,12 +60,32 @@ class HeadSpec:
         float32 copies of 16-bit weights has it, or `weight.grad`), its gradient is added there in place (option d_weight) and the
         result must be differentiated with a gradient of 1.
         """
-        if "d_weight" not in options and torch.is_grad_enabled() and self.weight.requires_grad and self.weight.is_leaf:
-            options["d_weight"] = getattr(self.weight, "main_grad", self.weight.grad)
-        return linear_loss(self._cast(hidden), self.weight, target, loss_fn, groups=groups, **self._options(hidden), **options)
+        options = {**self._gradient_buffer(), **self._options(hidden), **options}
+        return linear_loss(self._cast(hidden), self.weight, target, loss_fn, groups=groups, **options)
+
+    def divergence(self, hidden: Tensor, teacher: HeadSpec, teacher_hidden: Tensor, **options: Any) -> Tensor:
+        """`linear_divergence` of this head from a `teacher`'s with the same vocabulary; same options."""
+        operands = (self._cast(hidden), self.weight, teacher._cast(teacher_hidden), teacher.weight)
+        return linear_divergence(*operands, **self._options(hidden), **teacher._as_reference(teacher_hidden), **options)
+
+    def divergence_loss(
+        self, hidden: Tensor, teacher: HeadSpec, teacher_hidden: Tensor, loss_fn: DivergenceLossFn, target: Tensor, **options: Any
+    ) -> Tensor:
+        """`linear_divergence_loss` of this head from a `teacher`'s; same options, and the gradient's buffer as in `loss`."""
+        operands = (self._cast(hidden), self.weight, teacher._cast(teacher_hidden), teacher.weight)
+        options = {**self._gradient_buffer(), **self._options(hidden), **teacher._as_reference(teacher_hidden), **options}
+        return linear_divergence_loss(*operands, loss_fn, target, **options)
 
     def _cast(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.weight.dtype)  # norms kept in float32 hand float32 to a bfloat16 head
+
+    def _gradient_buffer(self) -> dict[str, Any]:
+        if not (torch.is_grad_enabled() and self.weight.requires_grad and self.weight.is_leaf):
+            return {}
+        return {"d_weight": getattr(self.weight, "main_grad", self.weight.grad)}
+
+    def _as_reference(self, hidden: Tensor) -> dict[str, Any]:
+        return {f"ref_{name}": value for name, value in self._options(hidden).items()}
 
     def _options(self, hidden: Tensor) -> dict[str, Any]:
         options: dict[str, Any] = {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
