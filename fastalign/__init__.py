@@ -27,6 +27,10 @@ _HOMES = {
     "SFTConfig": "fastalign.objectives.sft",
     "RewardConfig": "fastalign.objectives.reward",
     "DPOConfig": "fastalign.objectives.dpo",
+    "KTOConfig": "fastalign.objectives.kto",
+    "ORPOConfig": "fastalign.objectives.orpo",
+    "CPOConfig": "fastalign.objectives.cpo",
+    "SimPOConfig": "fastalign.objectives.cpo",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -43,7 +47,11 @@ if TYPE_CHECKING:
     from fastalign.models.heads import HeadSpec as HeadSpec
     from fastalign.models.heads import head_spec as head_spec
     from fastalign.models.load import load_model as load_model
+    from fastalign.objectives.cpo import CPOConfig as CPOConfig
+    from fastalign.objectives.cpo import SimPOConfig as SimPOConfig
     from fastalign.objectives.dpo import DPOConfig as DPOConfig
+    from fastalign.objectives.kto import KTOConfig as KTOConfig
+    from fastalign.objectives.orpo import ORPOConfig as ORPOConfig
     from fastalign.objectives.reward import RewardConfig as RewardConfig
     from fastalign.objectives.sft import SFTConfig as SFTConfig
     from fastalign.segments import segment_mean as segment_mean

@@ -19,6 +19,10 @@ ALGORITHMS = {
     "sft": ("fastalign.objectives.sft", "SFTConfig"),
     "reward": ("fastalign.objectives.reward", "RewardConfig"),
     "dpo": ("fastalign.objectives.dpo", "DPOConfig"),
+    "kto": ("fastalign.objectives.kto", "KTOConfig"),
+    "orpo": ("fastalign.objectives.orpo", "ORPOConfig"),
+    "cpo": ("fastalign.objectives.cpo", "CPOConfig"),
+    "simpo": ("fastalign.objectives.cpo", "SimPOConfig"),
 }
 
 HELP = """\
@@ -28,7 +32,9 @@ Trains language models on texts, preferences and rewards. Every command explains
 
   sft          train on texts, conversations or completions: --model.path DIR --data.path FILE --output RUN
   reward       train a reward model on pairs or rankings: --model.path DIR --data.path FILE --output RUN
-  dpo          train on preference pairs (DPO, IPO, hinge): --model.path DIR --data.path FILE --output RUN
+  dpo          train on preference pairs (DPO and 14 of its kind): --model.path DIR --data.path FILE --output RUN
+  kto          train on single answers that are desirable or not: --model.path DIR --data.path FILE --output RUN
+  orpo, cpo, simpo   train on preference pairs without a reference: --model.path DIR --data.path FILE --output RUN
   eval         accuracy and margins on held-out pairs, perplexity of texts, calibration of rewards: --model.path RUN --data.path FILE
   label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint
   report RUN   write RUN/report.html and its curves again
