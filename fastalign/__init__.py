@@ -27,6 +27,7 @@ _HOMES = {
     "SFTConfig": "fastalign.objectives.sft",
     "RewardConfig": "fastalign.objectives.reward",
     "DPOConfig": "fastalign.objectives.dpo",
+    "DistillConfig": "fastalign.objectives.distill",
     "KTOConfig": "fastalign.objectives.kto",
     "ORPOConfig": "fastalign.objectives.orpo",
     "CPOConfig": "fastalign.objectives.cpo",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from fastalign.models.load import load_model as load_model
     from fastalign.objectives.cpo import CPOConfig as CPOConfig
     from fastalign.objectives.cpo import SimPOConfig as SimPOConfig
+    from fastalign.objectives.distill import DistillConfig as DistillConfig
     from fastalign.objectives.dpo import DPOConfig as DPOConfig
     from fastalign.objectives.kto import KTOConfig as KTOConfig
     from fastalign.objectives.orpo import ORPOConfig as ORPOConfig

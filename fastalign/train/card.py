@@ -20,8 +20,8 @@ from fastalign.train.page import text_of
 from fastalign.train.report import final_metrics, is_eval
 
 _SHOWN = (
-    "loss", "nll", "mean_token_accuracy", "accuracy", "margin", "mean_reward", "rewards/accuracies", "rewards/margins", "rewards/chosen",
-    "rewards/rejected", "logps/chosen", "logps/rejected", "num_tokens",
+    "loss", "divergence", "nll", "mean_token_accuracy", "accuracy", "margin", "mean_reward",
+    "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "num_tokens",
 )  # fmt: skip
 
 
@@ -44,6 +44,7 @@ _PREFERENCE = _Method(
 )
 _METHODS = {
     "sft": _Method("sft", "examples", "samples", "Losses are nats per token; exp(nll) is the perplexity."),
+    "distill": _Method("distillation", "examples", "samples", "divergence is that from the teacher, in nats per token."),
     "reward": _Method(
         "reward-model",
         "preferences",
@@ -59,6 +60,13 @@ _PAPERS = {
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2023},
   url = {https://arxiv.org/abs/2305.18290}
+}"""),
+    "distill": ("https://arxiv.org/abs/2306.13649", """@inproceedings{agarwal2024policy,
+  title = {On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes},
+  author = {Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela and others},
+  booktitle = {International Conference on Learning Representations},
+  year = {2024},
+  url = {https://arxiv.org/abs/2306.13649}
 }"""),
     "reward": ("https://arxiv.org/abs/2009.01325", """@inproceedings{stiennon2020learning,
   title = {Learning to Summarize from Human Feedback},

@@ -53,6 +53,7 @@ CURVES = (
         "logps", "Log-probabilities of whole completions", "nats",
         (("logps/chosen", "chosen", BLUE), ("logps/rejected", "rejected", ORANGE)), "Under the policy, summed over the tokens.",
     ),
+    Curve("divergence", "Divergence", "nats per token", (("divergence", "divergence", BLUE),), "From the teacher.", level=0.0),
     Curve("nll", "Negative log-likelihood", "nats per token", (("nll", "nll", BLUE),), "Of the scored tokens; its exp is the perplexity."),
     Curve(
         "token_accuracy", "Token accuracy", "share of tokens", (("mean_token_accuracy", "accuracy", BLUE),),

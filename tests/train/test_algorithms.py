@@ -18,6 +18,7 @@ from fastalign import train
 from fastalign.data.config import RankedDataConfig, SupervisedDataConfig
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.objectives.base import RunConfig
+from fastalign.objectives.distill import DistillConfig
 from fastalign.objectives.reward import RewardConfig
 from fastalign.objectives.sft import SFTConfig
 
@@ -26,6 +27,7 @@ from fastalign.objectives.sft import SFTConfig
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_tiny(folder / "model", "qwen3")
+    save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48)
     pairs = preference_rows(24)
     files: dict[str, list[dict[str, Any]]] = {
         "pairs": pairs,
@@ -43,6 +45,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ALGORITHMS: dict[str, Callable[[Path], tuple[type[RunConfig], dict[str, Any]]]] = {
     "sft": lambda f: (SFTConfig, {"data": SupervisedDataConfig(path=str(f / "completions.jsonl"), eval_fraction=0.2)}),
+    "distill": lambda f: (
+        DistillConfig,
+        {
+            "data": SupervisedDataConfig(path=str(f / "completions.jsonl"), eval_fraction=0.2),
+            "teacher": ModelConfig(path=str(f / "teacher")),
+            "lora": LoraConfig(r=4, dropout=0.1),
+            "learning_rate": 2e-2,
+        },
+    ),
     "reward": lambda f: (RewardConfig, {"data": RankedDataConfig(path=str(f / "pairs.jsonl"), eval_fraction=0.2)}),
     "reward, rankings, adapter": lambda f: (
         RewardConfig,
