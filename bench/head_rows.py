@@ -32,6 +32,7 @@ class Row:
     bare_gemms_ms: float | None = None  # of the same GEMMs, in the same rounds
     peak_memory_mib: float | None = None  # above inputs; results included
     logps_error_nats: float | None = None  # max |x - gold|
+    logps_bound_nats: float | None = None  # 8 eps(float32) max(1, max |logit|): what fastalign's log-probs are to keep
     loss_error: float | None = None  # |x - gold| / (1 + |gold|)
     d_hidden_error: float | None = None  # |x - gold| / |gold|, Euclidean norms over the sampled rows
     d_weight_error: float | None = None
