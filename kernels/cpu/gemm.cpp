@@ -15,10 +15,11 @@ namespace {
 
 #if defined(FASTALIGN_X86)
 
-constexpr int64_t K_STRETCH = 1024;                   // elements of k that are summed before c is touched
-constexpr int64_t ROWS = 2048, COLS = 2048;           // of c under way: the operands packed for them take at most 8 MiB
+constexpr int64_t STRETCH = 1024;                      // elements of k that are summed before c is touched
+constexpr int64_t PACKED = 1 << 21;                    // elements of an operand that are packed at a time: 4 MiB, in L3
 constexpr int64_t BLOCK_ROWS = 128, BLOCK_COLS = 192;  // of c for one thread: the panels of b for them stay in its L2
-constexpr int64_t PRODUCTS_OF_A_THREAD = 1 << 21;     // some 20 us: fewer do not repay waking a thread
+constexpr int64_t GROUPS = 4;                          // packed by one thread: 64 neighbours fill two cache lines
+constexpr int64_t PRODUCTS_OF_A_THREAD = 1 << 21;      // some 20 us: fewer do not repay waking a thread
 
 constexpr int64_t cut(int64_t x, int64_t by) noexcept { return (x + by - 1) / by; }
 constexpr int64_t round_up(int64_t x, int64_t unit) noexcept { return cut(x, unit) * unit; }
@@ -38,56 +39,89 @@ struct Product {
     bool accumulate;
 };
 
-struct Parts {  // of a product: c in parts of (m, n), summed over stretches of k
-    int64_t m, n, k;
+// What is under way at a time: (m, n) of c, summed over some stretches of k.
+struct Parts {
+    int64_t k;  // of a stretch, the same whatever m and n are
+    int64_t m, n, stretches;
 
-    explicit Parts(int64_t m, int64_t n, int64_t k) noexcept
-        : m(even_part(m, ROWS, GROUP)), n(even_part(n, COLS, TILE_COLS)), k(even_part(k, K_STRETCH, 2)) {}
-    int64_t packed_a() const noexcept { return m * k / 2; }  // in pairs
-    int64_t packed_b() const noexcept { return n * k / 2; }
+    explicit Parts(const Product &x) noexcept : k(even_part(x.k, STRETCH, 2)) {
+        m = even_part(x.m, PACKED / k, GROUP);
+        n = even_part(x.n, PACKED / k / TILE_COLS * TILE_COLS, TILE_COLS);
+        stretches = std::min(cut(x.k, k), std::max<int64_t>(1, PACKED / (k * std::max(m, n))));
+    }
+    int64_t pairs_of_a() const noexcept { return m * k / 2; }  // in a stretch
+    int64_t pairs_of_b() const noexcept { return n * k / 2; }
+    int64_t pairs() const noexcept { return stretches * (pairs_of_a() + pairs_of_b()); }
 };
 
 // Panels of TILE_ROWS rows, each [pairs][TILE_ROWS].
-void pack_rows(const Vectors &a, int64_t group, int64_t m, int64_t k, Pair *packed) noexcept {
-    const int64_t pairs = cut(k, 2), row = group * GROUP;
-    Pair *const to = packed + row * pairs;
-    pack_avx512(part(a, row, 0), std::min(GROUP, m - row), k, to, to + TILE_ROWS * pairs, TILE_ROWS);
-}
+struct PackedRows {
+    const Vectors x;
+    const int64_t count, k;
+    Pair *const to;
+
+    void pack(int64_t row, int64_t k0, int64_t here) const noexcept {
+        Pair *const panel = to + row * cut(k, 2) + k0 / 2 * TILE_ROWS;
+        pack_avx512(part(x, row, k0), std::min(GROUP, count - row), here, panel, panel + cut(k, 2) * TILE_ROWS, TILE_ROWS);
+    }
+};
 
 // Panels of TILE_COLS columns, the last perhaps narrower, each [pairs][columns rounded up to GROUP].
-void pack_columns(const Vectors &b, int64_t group, int64_t n, int64_t k, Pair *packed) noexcept {
-    const int64_t col = group * GROUP, panel = col / TILE_COLS * TILE_COLS;
-    const int64_t width = std::min(TILE_COLS, round_up(n, GROUP) - panel);
-    Pair *const to = packed + panel * cut(k, 2) + (col - panel);
-    pack_avx512(part(b, col, 0), std::min(GROUP, n - col), k, to, to + GROUP / 2, width);
+struct PackedColumns {
+    const Vectors x;
+    const int64_t count, k;
+    Pair *const to;
+
+    void pack(int64_t col, int64_t k0, int64_t here) const noexcept {
+        const int64_t first = col / TILE_COLS * TILE_COLS, width = std::min(TILE_COLS, round_up(count, GROUP) - first);
+        Pair *const panel = to + first * cut(k, 2) + (col - first) + k0 / 2 * width;
+        pack_avx512(part(x, col, k0), std::min(GROUP, count - col), here, panel, panel + GROUP / 2, width);
+    }
+};
+
+// Packs GROUPS groups. Vectors that lie side by side take turns, so that a cache line is used whole while it is there.
+template <class Packed>
+void pack_groups(const Packed &packed, int64_t index) noexcept {
+    const int64_t first = index * GROUPS * GROUP, last = std::min(packed.count, first + GROUPS * GROUP);
+    const int64_t turn = packed.x.k_stride == 1 ? packed.k : 4 * GROUP;
+    for (int64_t k0 = 0; k0 < packed.k; k0 += turn)
+        for (int64_t v = first; v < last; v += GROUP) packed.pack(v, k0, std::min(turn, packed.k - k0));
 }
 
-void run(const Product &x, const Parts &parts, Pair *packed_a, Pair *packed_b, int threads) noexcept {
-    for (int64_t i0 = 0; i0 < x.m; i0 += parts.m) {
-        const int64_t m = std::min(parts.m, x.m - i0), a_groups = cut(m, GROUP), block_rows = cut(m, BLOCK_ROWS);
-        for (int64_t k0 = 0; k0 < x.k; k0 += parts.k) {
-            const int64_t k = std::min(parts.k, x.k - k0), pairs = cut(k, 2);
-            const Vectors a = part(x.a, i0, k0);
-            for (int64_t j0 = 0; j0 < x.n; j0 += parts.n) {
-                const int64_t n = std::min(parts.n, x.n - j0), b_groups = cut(n, GROUP), block_cols = cut(n, BLOCK_COLS);
-                const Vectors b = part(x.b, j0, k0);
-                const int64_t first = j0 > 0 ? a_groups : 0;  // a is packed already
-                const auto pack = [&](int64_t i) {
-                    const int64_t group = first + i;
-                    group < a_groups ? pack_rows(a, group, m, k, packed_a) : pack_columns(b, group - a_groups, n, k, packed_b);
-                };
-                const auto multiply = [&](int64_t block) {
-                    const int64_t top = block % block_rows * BLOCK_ROWS, left = block / block_rows * BLOCK_COLS;
-                    for (int64_t i = top; i < std::min(m, top + BLOCK_ROWS); i += TILE_ROWS)
-                        for (int64_t j = left; j < std::min(n, left + BLOCK_COLS); j += TILE_COLS)
-                            tile_avx512(
-                                pairs, packed_a + i * pairs, packed_b + j * pairs, x.c + (i0 + i) * x.c_row_stride + j0 + j, x.c_row_stride,
-                                std::min(TILE_ROWS, m - i), std::min(TILE_COLS, n - j), x.accumulate || k0 > 0);
-                };
-                parallel_for(a_groups + b_groups - first, threads, pack);
-                parallel_for(block_rows * block_cols, threads, multiply);
+// c (m, n) from (i0, j0) on, over all of k; `packed` has room for parts.pairs().
+void multiply(const Product &x, const Parts &parts, int64_t i0, int64_t j0, Pair *packed, int threads) noexcept {
+    const int64_t m = std::min(parts.m, x.m - i0), n = std::min(parts.n, x.n - j0);
+    const int64_t row_groups = cut(m, GROUPS * GROUP), groups = row_groups + cut(n, GROUPS * GROUP);
+    const int64_t row_blocks = cut(m, BLOCK_ROWS), blocks = row_blocks * cut(n, BLOCK_COLS);
+    for (int64_t start = 0; start < x.k; start += parts.stretches * parts.k) {
+        const int64_t stretches = std::min(parts.stretches, cut(x.k - start, parts.k));
+        const auto length = [&](int64_t s) { return std::min(parts.k, x.k - start - s * parts.k); };
+        const auto rows = [&](int64_t s) {
+            return PackedRows{part(x.a, i0, start + s * parts.k), m, length(s), packed + s * parts.pairs_of_a()};
+        };
+        const auto columns = [&](int64_t s) {
+            Pair *const to = packed + parts.stretches * parts.pairs_of_a() + s * parts.pairs_of_b();
+            return PackedColumns{part(x.b, j0, start + s * parts.k), n, length(s), to};
+        };
+        const auto pack = [&](int64_t task) {
+            const int64_t s = task / groups, index = task % groups;
+            index < row_groups ? pack_groups(rows(s), index) : pack_groups(columns(s), index - row_groups);
+        };
+        const auto block = [&](int64_t task) {
+            const int64_t top = task % row_blocks * BLOCK_ROWS, bottom = std::min(m, top + BLOCK_ROWS);
+            const int64_t left = task / row_blocks * BLOCK_COLS, right = std::min(n, left + BLOCK_COLS);
+            for (int64_t s = 0; s < stretches; ++s) {
+                const int64_t pairs = cut(length(s), 2);
+                const Pair *const a = rows(s).to, *const b = columns(s).to;
+                for (int64_t i = top; i < bottom; i += TILE_ROWS)
+                    for (int64_t j = left; j < right; j += TILE_COLS)
+                        tile_avx512(
+                            pairs, a + i * pairs, b + j * pairs, x.c + (i0 + i) * x.c_row_stride + j0 + j, x.c_row_stride,
+                            std::min(TILE_ROWS, m - i), std::min(TILE_COLS, n - j), x.accumulate || start + s > 0);
             }
-        }
+        };
+        parallel_for(stretches * groups, threads, pack);
+        parallel_for(blocks, threads, block);
     }
 }
 
@@ -124,13 +158,16 @@ int fastalign_gemm_bf16(
         return FASTALIGN_OK;
     }
 #if defined(FASTALIGN_X86)
-    const Parts parts(m, n, k);
-    const int64_t bytes = round_up((parts.packed_a() + parts.packed_b()) * sizeof(Pair), 64);
+    const Product x{
+        m, n, k, {a->data, a->row_stride, a->column_stride}, {b->data, b->column_stride, b->row_stride}, c, c_row_stride, accumulate != 0};
+    const Parts parts(x);
+    const size_t bytes = static_cast<size_t>(round_up(parts.pairs() * int64_t{sizeof(Pair)}, 64));
     const std::unique_ptr<Pair, void (*)(void *)> packed(static_cast<Pair *>(std::aligned_alloc(64, bytes)), std::free);
     if (!packed) return FASTALIGN_NO_MEMORY;
-    const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(m) * n * k / PRODUCTS_OF_A_THREAD));
-    run({m, n, k, {a->data, a->row_stride, a->column_stride}, {b->data, b->column_stride, b->row_stride}, c, c_row_stride, accumulate != 0},
-        parts, packed.get(), packed.get() + parts.packed_a(), static_cast<int>(std::min<int64_t>(threads, useful)));
+    const double useful = std::max(1.0, static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) / PRODUCTS_OF_A_THREAD);
+    const int team = useful < threads ? static_cast<int>(useful) : threads;
+    for (int64_t i0 = 0; i0 < m; i0 += parts.m)
+        for (int64_t j0 = 0; j0 < n; j0 += parts.n) multiply(x, parts, i0, j0, packed.get(), team);
 #endif
     return FASTALIGN_OK;
 }

@@ -8,7 +8,8 @@
 namespace fastalign {
 namespace {
 
-constexpr int64_t AHEAD = 16;  // of k: rows of a tile of logits are too far apart for the hardware to foresee
+// What to fetch early: rows are too many, or too far apart, for the hardware to foresee.
+constexpr int64_t AHEAD_ALONG = 256, AHEAD_ACROSS = 16;  // elements of k
 
 // Word j of r[i] goes to word i of r[j].
 inline void transpose(__m512i (&r)[16]) noexcept {
@@ -34,6 +35,8 @@ inline void transpose(__m512i (&r)[16]) noexcept {
     std::copy(t, t + 16, r);
 }
 
+inline void fetch(const uint16_t *x) noexcept { _mm_prefetch(reinterpret_cast<const char *>(x), _MM_HINT_T0); }
+
 inline void store(__m512i pairs, Pair *low, Pair *high) noexcept {
     _mm256_store_si256(reinterpret_cast<__m256i *>(low), _mm512_castsi512_si256(pairs));
     _mm256_store_si256(reinterpret_cast<__m256i *>(high), _mm512_extracti64x4_epi64(pairs, 1));
@@ -47,6 +50,7 @@ void pack_along(const Vectors &x, int64_t count, int64_t k, Pair *low, Pair *hig
         __m512i r[16];
         for (int i = 0; i < 16; ++i)
             r[i] = i < count ? _mm512_maskz_loadu_epi16(some, x.data + i * x.stride + p) : _mm512_setzero_si512();
+        for (int i = 0; i < count && p + AHEAD_ALONG < k; ++i) fetch(x.data + i * x.stride + p + AHEAD_ALONG);
         transpose(r);
         for (int i = 0; i < (here + 1) / 2; ++i, low += step, high += step) store(r[i], low, high);
     }
@@ -57,9 +61,9 @@ void pack_across(const Vectors &x, int64_t count, int64_t k, Pair *low, Pair *hi
     const __mmask16 some = static_cast<__mmask16>((1u << count) - 1);
     const auto words = [&](int64_t p) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x.data + p * x.k_stride)); };
     for (int64_t p = 0; p < k; p += 2, low += step, high += step) {
-        if (p + AHEAD + 1 < k) {
-            _mm_prefetch(reinterpret_cast<const char *>(x.data + (p + AHEAD) * x.k_stride), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char *>(x.data + (p + AHEAD + 1) * x.k_stride), _MM_HINT_T0);
+        if (p + AHEAD_ACROSS + 1 < k) {
+            fetch(x.data + (p + AHEAD_ACROSS) * x.k_stride);
+            fetch(x.data + (p + AHEAD_ACROSS + 1) * x.k_stride);
         }
         const __m512i odd = p + 1 < k ? words(p + 1) : _mm512_setzero_si512();
         store(_mm512_or_si512(words(p), _mm512_slli_epi32(odd, 16)), low, high);
