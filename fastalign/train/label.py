@@ -15,20 +15,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from fastalign.data.encode import Encoder
-from fastalign.data.examples import Example
 from fastalign.data.messages import Turns, check_turns
 from fastalign.data.sources import Row, read_rows
-from fastalign.data.tokenizer import load_tokenizer
 from fastalign.errors import ConfigError, DataError, JudgeError, OutputError
-from fastalign.models.trunk import evaluation
-from fastalign.models.value_head import is_reward_model, load_reward_model, scores
-from fastalign.packing import collate
 from fastalign.rollout.judges import CRITERIA, EndpointJudge, Judge, Verdict, load_function
-from fastalign.train.evaluate import locate
+from fastalign.rollout.reward_model import RewardModel
 from fastalign.train.folder import writing
 from fastalign.train.measures import wilson
-from fastalign.types import Sample
 
 SCORES, HUMAN, ERROR = "scores", "human_scores", "judge_error"
 
@@ -198,28 +191,18 @@ def build_judge(config: JudgeConfig) -> Judge:
 
 
 class RewardModelJudge:
-    """A reward model folder, an adapter of one or a run of `fastalign reward`: its score of each completion."""
+    """The scores of a reward model."""
 
     def __init__(self, path: str) -> None:
-        folder = locate(path).path
-        if not is_reward_model(folder):
-            raise ConfigError(
-                f"judge.model: {path} is no reward model; train one with fastalign reward, or name an endpoint with judge.url"
-            )
-        self.tokenizer = load_tokenizer(folder)
-        self.encoder = Encoder(self.tokenizer)
-        pad = self.tokenizer.pad_token_id
-        self.model = load_reward_model(folder, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad)
+        self.reward = RewardModel(path)
         self.fingerprint = f"reward model {path}"
 
     def __call__(self, prompt: Turns, completions: Sequence[Turns], columns: dict[str, Any]) -> Verdict:
-        [encoded] = self.encoder.encode([Example("the row", 0, prompt, tuple(completions), tools=columns.get("tools"))])
-        if isinstance(encoded, DataError):
-            raise JudgeError(str(encoded)) from encoded
-        sample = Sample(0, tuple(encoded.prompt), tuple(map(tuple, encoded.completions)))
-        with evaluation(self.model):
-            batch = collate([sample]).to(next(self.model.parameters()).device)
-            return Verdict(tuple(scores(self.model, batch).tolist()))
+        n = len(completions)
+        try:
+            return Verdict(tuple(self.reward([prompt] * n, completions, tools=[columns.get("tools")] * n)))
+        except DataError as error:
+            raise JudgeError(str(error)) from error
 
 
 def _examples(path: str) -> Iterator[tuple[str, Row]]:

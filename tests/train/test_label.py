@@ -209,5 +209,5 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     from tiny import tiny_model
 
     tiny_model("qwen3").save_pretrained(tmp_path / "lm")
-    with pytest.raises(ConfigError, match="is no reward model; train one with fastalign reward"):
+    with pytest.raises(ConfigError, match="is no reward model: train one with fastalign reward"):
         RewardModelJudge(str(tmp_path / "lm"))
