@@ -138,9 +138,11 @@ def test_memory_stays_within_gradients_and_budget(n, v, d):
 def test_plan_explains_itself():
     text = plan.explain(4096, 151936, 512, budget=64 << 20)
     assert "schedule recompute" in text and "all logits need 2374.0 MiB" in text
-    assert "slabs of 103 rows" in text
+    assert "slabs of 1024 rows x 4096 columns" in text and "stay in cache" in text
+    slab = plan.explain(4096, 151936, 512, budget=64 << 20, local_loss=True)
+    assert "slabs of 103 rows x 151936 columns" in slab and "cache" not in slab
     tiled = plan.explain(4096, 262144, 512, budget=8 << 20, local_loss=True)
-    assert "8 NVD" in tiled and "tiles of 16384 columns" in tiled
+    assert "8 NVD" in tiled and "tiles of 1024 columns" in tiled
 
 
 def test_default_budget_is_a_power_of_two_that_free_memory_does_not_change():
