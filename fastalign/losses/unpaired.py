@@ -56,8 +56,7 @@ def apo_zero_unpaired(
     >>> apo_zero_unpaired(torch.zeros(1), torch.zeros(1), torch.tensor([False])).loss
     tensor([0.5000])
     """
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    return kto(logps, ref_logps, desirable, 0.0, beta=beta, **weights)
+    return kto(logps, ref_logps, desirable, 0.0, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
 
 def mismatched_kl(logps: Tensor, ref_logps: Tensor, counts: Tensor | None = None) -> Tensor:

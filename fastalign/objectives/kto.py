@@ -128,7 +128,7 @@ class KTO:
         ref_logps = self.reference.logps(batch)
         kl = self._kl_of_batch(batch) if config.kl_scope == "microbatch" else self.kl
         policy = trunk(self.model, batch)
-        weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
+        options: dict[str, Any] = {name: getattr(config, name) for name in ("beta", "desirable_weight", "undesirable_weight")}
         sums: Sums = {}
         if config.loss_type == "kto":
             sums["kl"] = batch.weight.new_tensor(len(batch.index) / denominators["samples"]) * kl
@@ -137,11 +137,10 @@ class KTO:
             first, last = segments_in(batch.live_bounds, rows)
             cu_seqlens, wanted = batch.live_cu_seqlens[first : last + 1] - rows.start, desirable[first:last]
             logps = segment_sum(out.logps, cu_seqlens)
-            given = (logps, ref_logps[first:last], wanted)
             if config.loss_type == "kto":
-                found = kto(*given, kl, beta=config.beta, **weights)
+                found = kto(logps, ref_logps[first:last], wanted, kl, **options)
             else:
-                found = apo_zero_unpaired(*given, beta=config.beta, **weights)
+                found = apo_zero_unpaired(logps, ref_logps[first:last], wanted, **options)
             add_sums(sums, _metric_sums(out, found.rewards, logps.detach(), wanted, cu_seqlens))
             return (found.loss * batch.weight[first:last]).sum() / denominators["samples"]
 
@@ -186,7 +185,8 @@ class KTO:
             policy = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget)
             log_probs.append(torch.stack([policy, self.mismatched_reference.logps(batch)]))
         counts = torch.tensor([rows[i].num_targets > 0 for members in bins for i in members]).to(device)
-        return mismatched_kl(*torch.cat(log_probs, dim=1), counts)
+        logps, ref_logps = torch.cat(log_probs, dim=1)
+        return mismatched_kl(logps, ref_logps, counts)
 
 
 def mismatch(samples: Sequence[Sample], longest: int) -> list[Sample]:
