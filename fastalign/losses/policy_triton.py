@@ -22,7 +22,7 @@ from fastalign.losses.kl import MAX_EXPONENT
 from fastalign.losses.policy import LOWEST_LOG_WEIGHT
 
 BLOCK = 1024  # tokens at a time
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # 4 tokens to a thread: the terms of 8 would not fit its registers
 SUMS = tl.constexpr(5)  # loss and the other fields of PolicyOutput
 LEVELS = {"token": 0, "sequence": 1, "product": 2}
 KL = {"k1": 1, "k2": 2, "k3": 3}
@@ -123,7 +123,7 @@ def policy_kernel(
     entropy_mask_ptr,  # bool or None
     denominator_ptr,  # (1,) or None
     entropy_coef_ptr,  # (1,) or None
-    scale,  # 1 / denominator, or what divides by the one behind the pointer
+    divisor,  # of the sum of all sequences; times the denominator behind the pointer, if there is one
     kl_coef,
     entropy_coef,
     low,
@@ -176,7 +176,7 @@ def policy_kernel(
         entropy_mask_ptr += first
     if denominator_ptr is not None:
         denominator = tl.load(denominator_ptr).to(tl.float32)
-        scale /= tl.where(denominator < 1.0, 1.0, denominator)
+        divisor *= tl.where(denominator < 1.0, 1.0, denominator)
 
     zero = tl.zeros([BLOCK], tl.float32)
     tokens = n.to(tl.float32)
@@ -201,7 +201,7 @@ def policy_kernel(
         spread = 1.0 / tl.maximum(tokens, 1.0)
         log_ratio *= spread
     if SEQUENCE_MEAN:
-        scale /= tl.maximum(tokens, 1.0)
+        divisor *= tl.maximum(tokens, 1.0)
 
     loss, count, clipped_low, clipped_high, kl, bonus, via_ratio = zero, zero, zero, zero, zero, zero, zero
     shared = 0.0
@@ -251,11 +251,11 @@ def policy_kernel(
                     bonus += tl.load(entropy_ptr + cols, mask=rewarded, other=0.0).to(tl.float32)
                     tl.store(d_entropy_ptr + cols, tl.where(rewarded, -entropy_coef, 0.0), mask=cols < n)
             if phase == PHASES - 1:
-                tl.store(d_logps_ptr + cols, tl.where(counted, scale * (direct + shared), 0.0), mask=cols < n)
+                tl.store(d_logps_ptr + cols, tl.where(counted, (direct + shared) / divisor, 0.0), mask=cols < n)
         shared = tl.sum(via_ratio, 0) * spread
 
     sums_ptr += s * SUMS
-    tl.store(sums_ptr, scale * tl.sum(loss, 0) - entropy_coef * tl.sum(bonus, 0))
+    tl.store(sums_ptr, tl.sum(loss, 0) / divisor - entropy_coef * tl.sum(bonus, 0))
     tl.store(sums_ptr + 1, tl.sum(count, 0))
     tl.store(sums_ptr + 2, tl.sum(clipped_low, 0))
     tl.store(sums_ptr + 3, tl.sum(clipped_high, 0))
@@ -302,7 +302,7 @@ def launch(
                 *tensors,
                 denominator if isinstance(denominator, Tensor) else None,
                 entropy_coef if isinstance(entropy_coef, Tensor) else None,
-                1.0 / (length * (1.0 if isinstance(denominator, Tensor) else max(denominator, 1.0))),
+                float(length) if isinstance(denominator, Tensor) else float(length * max(denominator, 1.0)),
                 float(kl_coef),
                 0.0 if isinstance(entropy_coef, Tensor) else float(entropy_coef),
                 *policy.clip_bounds(spec.token_loss, options),

@@ -31,7 +31,7 @@ class Variant:
     multiples: tuple[str, ...] = ()  # integers that are multiples of 16, as pointers always are
     constants: Callable[[bool], dict[str, Any]] = lambda rocm: {}  # constexpr arguments of a launch on CUDA or ROCm
     wide_loads: bool = True  # 128-bit accesses are expected
-    wide_stores: bool = True
+    wide_stores: bool | None = True  # None: not on every target
 
     @property
     def strides(self) -> list[str]:
