@@ -58,7 +58,9 @@ def linear_divergence(
     tensor([0., 0.])
     """
     options |= {"kind": kind, "beta": beta, "temperature": temperature, "mask": mask}
-    return linear_divergence_outputs(hidden, weight, ref_hidden, ref_weight, outputs=(), **options).divergence
+    return linear_divergence_outputs(
+        hidden, weight, ref_hidden, ref_weight, outputs=(), differentiable=("divergence",), **options
+    ).divergence
 
 
 def linear_divergence_outputs(

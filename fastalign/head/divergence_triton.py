@@ -22,6 +22,7 @@ from fastalign.head.rows_triton import LOWEST, load_logits, map_arguments
 
 finish = divergence_torch.finish
 BLOCK, ROCM = rows_triton.BLOCK, rows_triton.ROCM
+STEP = BLOCK // 2  # columns at a time of the kernels that hold most per column of two tiles: no registers are spilled
 LAUNCH = {"num_warps": rows_triton.WARPS, "enable_fp_fusion": False}
 
 
@@ -294,6 +295,12 @@ def gradient_kernel(
         tl.store(d_row + cols, (d * slope).to(d_ptr.dtype.element_ty), mask=inside)
 
 
+def lanes(rocm: bool) -> dict[str, int]:
+    """Lanes of a row, as in `rows_triton.lanes`, over STEP columns at a time."""
+    count = rows_triton.lanes(4, rocm)["LANES"]
+    return {"LANES": count, "DEPTH": STEP // count}
+
+
 def start(rows: int, kind: str, outputs: frozenset[str], *, dtype: torch.dtype, device: torch.device) -> PairState:
     """Statistics of zero columns."""
     if dtype != torch.float32:
@@ -321,7 +328,7 @@ def update(state: PairState, x: Tensor, ref_x: Tensor, target: Tensor, first: in
                 *sums,
                 KIND=state.kind,
                 **_capped(logits, ref_logits),
-                **rows_triton.lanes(4, ROCM),
+                **lanes(ROCM),
                 **LAUNCH,
             )
     student.columns += columns
@@ -333,7 +340,7 @@ def mix(sums: Tensor, x: Tensor, ref_x: Tensor, logits: LogitMap, ref_logits: Lo
     _check(x, ref_x)
     if rows:
         maps, scores = _maps(logits, ref_logits), (lse.contiguous(), ref_lse.contiguous(), *sums)
-        options = {**_capped(logits, ref_logits), "BLOCK": BLOCK, **LAUNCH}
+        options = {**_capped(logits, ref_logits), "BLOCK": STEP, **LAUNCH}
         with torch.cuda.device_of(x):
             mix_kernel[(rows,)](x, ref_x, x.stride(0), ref_x.stride(0), columns, *maps, beta, *scores, **options)
 
