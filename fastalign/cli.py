@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ ALGORITHMS = {
     "sft": ("fastalign.objectives.sft", "SFTConfig"),
     "reward": ("fastalign.objectives.reward", "RewardConfig"),
     "dpo": ("fastalign.objectives.dpo", "DPOConfig"),
+    "distill": ("fastalign.objectives.distill", "DistillConfig"),
     "kto": ("fastalign.objectives.kto", "KTOConfig"),
     "orpo": ("fastalign.objectives.orpo", "ORPOConfig"),
     "cpo": ("fastalign.objectives.cpo", "CPOConfig"),
@@ -35,10 +36,12 @@ Trains language models on texts, preferences and rewards. Every command explains
   dpo          train on preference pairs (DPO and 14 of its kind): --model.path DIR --data.path FILE --output RUN
   kto          train on single answers that are desirable or not: --model.path DIR --data.path FILE --output RUN
   orpo, cpo, simpo   train on preference pairs without a reference: --model.path DIR --data.path FILE --output RUN
+  distill      learn a teacher's distributions on texts: --model.path DIR --teacher.path DIR --data.path FILE --output RUN
   eval         accuracy and margins on held-out pairs, perplexity of texts, calibration of rewards: --model.path RUN --data.path FILE
   label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint
   report RUN   write RUN/report.html and its curves again
   data check FILE   validate a data file and show rendered samples with the loss mask in colour
+  data convert IN OUT   turn ratings, pairs, labels, rankings or edits into training data: --from ratings --to pairs
   demo         build a small model, train it on generated preferences and show before and after
 
   --version    print the version
@@ -168,13 +171,24 @@ def _report(argv: list[str]) -> int:
 
 
 def _data(argv: list[str]) -> int:
-    usage = "fastalign data check FILE [--model.path DIR] [--data.* options]"
+    commands = {"check": _data_check, "convert": _data_convert}
     if not argv or _wants_help(argv[:1]):
-        print(f"usage: {usage}")
+        print("\n".join(f"usage: {usage}" for usage in (_CHECK_USAGE, _CONVERT_USAGE)))
         return 0
-    if argv[0] != "check":
-        raise ConfigError(f"unknown command data {argv[0]!r}; did you mean data check?")
-    from fastalign.data.config import DataConfig
+    if argv[0] not in commands:
+        from fastalign.train.options import nearest
+
+        near = nearest(argv[0], commands)
+        raise ConfigError(f"unknown command data {argv[0]!r}; " + (f"did you mean data {near}?" if near else "there are check and convert"))
+    return commands[argv[0]](argv[1:])
+
+
+_CHECK_USAGE = "fastalign data check FILE [--objective NAME] [--model.path DIR] [--data.* options]"
+_CONVERT_USAGE = "fastalign data convert IN OUT --from ratings|pairs|binary|listwise|edits --to pairs|binary|listwise [options]"
+
+
+def _data_check(argv: list[str]) -> int:
+    from fastalign.data.check import AnyDataConfig, check
     from fastalign.models.config import ModelConfig
     from fastalign.train.config import parse
 
@@ -182,25 +196,38 @@ def _data(argv: list[str]) -> int:
     class CheckConfig:
         """Validates every row of a data file. With --model.path it also tokenizes, and shows samples with their loss mask in colour."""
 
-        data: DataConfig = field(default_factory=DataConfig)
+        data: AnyDataConfig = field(default_factory=AnyDataConfig)
         model: ModelConfig = field(default_factory=ModelConfig)
+        objective: str = ""  # what is to be trained: sft, reward, dpo, kto, ...; empty: what the first row looks like
         samples: int = 3  # samples to show
 
     if _wants_help(argv):
-        return _print_help(CheckConfig, usage)
-    rest = argv[1:]
-    if rest and not rest[0].startswith("--"):
-        rest = ["--data.path", *rest]
-    config = parse(rest, CheckConfig)
+        return _print_help(CheckConfig, _CHECK_USAGE)
+    config = parse(["--data.path", *argv] if argv and not argv[0].startswith("--") else argv, CheckConfig)
     if not config.data.path:
-        raise ConfigError(f"data check needs a file; usage: {usage}")
+        raise ConfigError(f"data check needs a file; usage: {_CHECK_USAGE}")
     from rich.console import Console
 
-    from fastalign.data.check import check
     from fastalign.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model.path, chat_template=config.data.chat_template) if config.model.path else None
-    return check(config.data, tokenizer, Console(), config.samples)
+    data = config.data.of(config.objective)
+    tokenizer = load_tokenizer(config.model.path, chat_template=data.chat_template) if config.model.path else None
+    return check(data, tokenizer, Console(), config.samples)
+
+
+def _data_convert(argv: list[str]) -> int:
+    from fastalign.data.convert import ConvertConfig, convert
+    from fastalign.train.config import parse
+
+    if _wants_help(argv):
+        return _print_help(ConvertConfig, _CONVERT_USAGE, {"--from_": "--from "})
+    names = [word for word in argv[:2] if not word.startswith("--")]
+    options = [word.replace("--from", "--from_", 1) if word.partition("=")[0] == "--from" else word for word in argv[len(names) :]]
+    given = [word for option, name in zip(("--data.path", "--output"), names) for word in (option, name)]
+    config = parse([*given, *options], ConvertConfig)
+    statistics = convert(config, progress=sys.stderr.isatty())
+    print(f"{statistics.summary()}\n" + "\n".join(str(path) for path in (*config.outputs, config.page)))
+    return 0
 
 
 @dataclass
@@ -231,8 +258,12 @@ def _wants_help(argv: Sequence[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
-def _print_help(config_class: type, usage: str) -> int:
+def _print_help(config_class: type, usage: str, spelled: Mapping[str, str] | None = None) -> int:
+    """Prints the options; `spelled` gives the spelling of those whose name is a word of Python."""
     from fastalign.train.options import help_text
 
-    print(help_text(config_class, usage))
+    text = help_text(config_class, usage)
+    for name, spelling in (spelled or {}).items():
+        text = text.replace(name, spelling)
+    print(text)
     return 0

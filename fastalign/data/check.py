@@ -4,22 +4,76 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import ClassVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.config import DataConfig
+from fastalign.data.config import DataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
 from fastalign.data.encode import decode
 from fastalign.data.preferences import PAIRS
+from fastalign.data.ranked import RANKED
 from fastalign.data.report import DataReport
-from fastalign.data.samples import Part, read_part, split_by_prompt
+from fastalign.data.samples import Format, Part, read_part, split_by_prompt
+from fastalign.data.sources import scan_rows
+from fastalign.data.supervised import SUPERVISED
 from fastalign.data.tokenizer import head_vocab_size
+from fastalign.data.unpaired import UNPAIRED
+from fastalign.errors import ConfigError, DataError
 from fastalign.types import Sample
 
+FORMATS: dict[type[DataConfig], Format] = {
+    SupervisedDataConfig: SUPERVISED,
+    RankedDataConfig: RANKED,
+    DataConfig: PAIRS,
+    UnpairedDataConfig: UNPAIRED,
+}
+OBJECTIVES: dict[str, type[DataConfig]] = {  # what trains on which data
+    "sft": SupervisedDataConfig,
+    "reward": RankedDataConfig,
+    **dict.fromkeys(("dpo", "orpo", "cpo", "simpo"), DataConfig),
+    "kto": UnpairedDataConfig,
+}
+_ALL_COLUMNS = tuple(dict.fromkeys(name for kind in FORMATS for name in kind.column_names))
 SHOWN_PROBLEMS = 20
 _HEAD_CHARS, _TAIL_CHARS = 500, 1000  # of a long text, what a rendered sample shows
+
+
+@dataclass
+class AnyDataConfig(SupervisedDataConfig, UnpairedDataConfig, RankedDataConfig):
+    """The data set, and the options of each kind of data."""
+
+    column_names: ClassVar[tuple[str, ...]] = _ALL_COLUMNS
+
+    def of(self, objective: str = "") -> DataConfig:
+        """The options as those of the data that `objective` trains on; without one, of what the first row looks like.
+
+        Raises ConfigError for an unknown objective, and for an option or column that this kind of data does not have.
+        """
+        if objective and objective not in OBJECTIVES:
+            raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        name = objective or self._looks_like()
+        kind, defaults = OBJECTIVES[name], AnyDataConfig()
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != getattr(defaults, f.name)}
+        if foreign := sorted(set(given) - {f.name for f in fields(kind)}):
+            raise ConfigError(f"data.{foreign[0]} is no option of data for {name}; leave it out, or choose the data's --objective")
+        return kind(**given)
+
+    def _looks_like(self) -> str:
+        rows = scan_rows(self.path, self.split, self.subset)
+        row = next((row for _, row in rows if isinstance(row, dict)), {})
+        columns = {*row, *self.columns}
+        if "completions" in columns:
+            return "reward"
+        if "label" in columns:
+            return "kto"
+        if columns & {"chosen", "rejected"}:
+            return "dpo"
+        return "sft" if columns & {"text", "messages", "completion"} else "dpo"
 
 
 def check(
@@ -34,19 +88,30 @@ def check(
     config.validate()
     if tokenizer is not None and vocab_size is None:
         vocab_size = head_vocab_size(tokenizer.name_or_path)
-    failed = False
+    data, failed = FORMATS[type(config)], False
     for held_out in (False, True) if config.eval_path or config.eval_split else (False,):
-        pairs, report = read_part(PAIRS, config, tokenizer, vocab_size=vocab_size, held_out=held_out)
+        pairs, report = read_part(data, config, tokenizer, vocab_size=vocab_size, held_out=held_out)
         _print_problems(report, console)
         _print_counts(report, pairs, config, tokenizer, console)
         for notice, count in report.notices.most_common():
             console.print(Text(f"note ({count:,} rows): {visible(notice)}", style="yellow"), soft_wrap=True)
         if tokenizer is not None:
             for k in _choose(pairs.samples, report, samples):
-                _print_sample(pairs.samples[k], pairs.places[k], config, report, tokenizer, console)
+                _print_sample(pairs.samples[k], pairs.places[k], data, config, report, tokenizer, console)
+            if pairs.samples and not held_out:
+                failed |= _refused(data, pairs, config, console)
         failed |= bool(report.problems) or not report.samples
         _print_verdict(report, tokenizer, console)
     return int(failed)
+
+
+def _refused(data: Format, pairs: Part, config: DataConfig, console: Console) -> bool:
+    try:
+        data.check(pairs.samples, config, config.path)
+    except DataError as error:
+        console.print(Text(visible(str(error)), style="red"), soft_wrap=True)
+        return True
+    return False
 
 
 def visible(text: str) -> str:
@@ -86,23 +151,24 @@ def _print_counts(report: DataReport, pairs: Part, config: DataConfig, tokenizer
         table.add_row(Text(name), Text(count if isinstance(count, str) else f"{count:,}"), Text(visible(note)))
 
     row("rows", report.rows)
-    row(
-        "pairs", report.samples, f"{report.conversational:,} rows hold messages, the others text" if report.conversational else "plain text"
-    )
+    text = f"{report.conversational:,} rows hold messages, the others text" if report.conversational else "plain text"
+    row(f"{report.noun}s", report.samples, text)
+    for name, count in report.counts.items():
+        row(name, count)
     if report.problems:
         row("cannot be used", len(report.problems), "listed above")
     for reason, count in report.dropped.most_common():
         row("dropped", count, f"{reason} (first at {report.dropped_at[reason]})")
     if tokenizer is not None:
         row("truncated", len(report.truncated), f"max_length={config.max_length}, {config.truncation}")
-        row("tokens", sum(sample.num_tokens for sample in pairs.samples), "both sequences of every pair, as trained on")
+        row("tokens", sum(sample.num_tokens for sample in pairs.samples), "all sequences, as trained on")
         scored = sum(sample.num_targets for sample in pairs.samples)
-        row("scored", scored, "tokens of the completions")
+        row("scored", scored, "tokens that are labels")
         same = ", also the padding token: harmless, nothing is padded" if tokenizer.pad_token == tokenizer.eos_token else ""
         row("EOS", str(tokenizer.eos_token_id), f"{tokenizer.eos_token!r}{same}")
         if config.eval_fraction and len(set(pairs.prompt_keys)) > 1:
             train, held_out = split_by_prompt(pairs, config.eval_fraction)
-            row("held out", len(held_out.samples), f"by prompt; {len(train.samples):,} pairs are left to train on")
+            row("held out", len(held_out.samples), f"by prompt; {len(train.samples):,} {report.noun}s are left to train on")
     console.print(table)
     if report.lengths:
         _print_lengths(report.lengths, console)
@@ -128,10 +194,17 @@ def _choose(samples: Sequence[Sample], report: DataReport, count: int) -> list[i
 
 
 def _print_sample(
-    sample: Sample, place: str, config: DataConfig, report: DataReport, tokenizer: PreTrainedTokenizerBase, console: Console
+    sample: Sample,
+    place: str,
+    data: Format,
+    config: DataConfig,
+    report: DataReport,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
 ) -> None:
     weight = f" · weight {sample.weight:g}" if sample.weight != 1.0 else ""
-    console.print(Text(f"\n{visible(place)}{weight}", style="bold"), soft_wrap=True)
+    margin = f" · margin {sample.margin:g}" if sample.margin else ""
+    console.print(Text(f"\n{visible(place)}{weight}{margin}", style="bold"), soft_wrap=True)
     cut = sample.index in report.truncated
     full = [cut and len(context) + len(c) == config.max_length for context, c in zip(sample.contexts, sample.completions)]
     start_cut = cut and config.truncation == "keep_end"
@@ -139,20 +212,35 @@ def _print_sample(
     if start_cut:
         prompt.append("[start cut] ", style="yellow")
     prompt.append_text(_tokens(sample.prompt, tokenizer, "dim", "dim bold"))
-    console.print(prompt, soft_wrap=True)
-    for name, colour, completion, context, at_limit in zip(
-        ("chosen", "rejected"), ("green", "red"), sample.completions, sample.contexts, full
-    ):
+    if sample.prompt or start_cut:
+        console.print(prompt, soft_wrap=True)
+    for k, (completion, context, at_limit) in enumerate(zip(sample.completions, sample.contexts, full)):
+        name, colour = _name(sample, k, data)
         text = Text()
-        text.append(f"{name} ({len(completion):,} tokens, scored)\n", style=f"bold {colour}")
+        scored = "scored" if not sample.masks or all(sample.masks[k]) else f"{sum(sample.masks[k]):,} scored"
+        text.append(f"{name} ({len(completion):,} tokens, {scored})\n", style=f"bold {colour}")
         if start_cut and at_limit and len(context) < len(sample.prompt):
             text.append(f"[its prompt starts {len(sample.prompt) - len(context):,} tokens later] ", style="yellow")
-        unscored = 0 if context else 1
-        text.append_text(_tokens(completion[:unscored], tokenizer, "dim", "dim bold"))
-        text.append_text(_tokens(completion[unscored:], tokenizer, colour, f"bold reverse {colour}"))
+        mask = list(sample.masks[k]) if sample.masks else [True] * len(completion)
+        mask[:1] = [mask[0] and bool(context)] if mask else []  # nothing comes before a first token
+        for live, group in groupby(zip(completion, mask), key=lambda pair: pair[1]):
+            styles = (colour, f"bold reverse {colour}") if live else ("dim", "dim bold")
+            text.append_text(_tokens([token for token, _ in group], tokenizer, *styles))
         if at_limit and config.truncation == "keep_start" and completion[-1] != tokenizer.eos_token_id:
             text.append(" [end cut: no EOS]", style="yellow")
         console.print(text, soft_wrap=True)
+
+
+def _name(sample: Sample, k: int, data: Format) -> tuple[str, str]:
+    """What completion `k` is called, and its colour: green is what training makes likelier."""
+    last = len(sample.completions) - 1
+    if len(data.names) > 1:
+        return data.names[k], ("green", "red")[k]
+    if last:
+        return f"{k + 1}. of {last + 1}, score {sample.labels[k]:g}", "green" if not k else "red" if k == last else "yellow"
+    if sample.labels:
+        return ("desirable", "green") if sample.labels[0] else ("undesirable", "red")
+    return data.names[0], "green"
 
 
 def _tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, style: str, special_style: str) -> Text:
@@ -184,7 +272,7 @@ def _print_verdict(report: DataReport, tokenizer: PreTrainedTokenizerBase | None
     if report.problems:
         console.print(Text(f"\n{len(report.problems):,} of {report.rows:,} rows cannot be used; mend or remove them", style="bold red"))
     elif not report.samples:
-        console.print(Text("\nno pair is left to train on", style="bold red"))
+        console.print(Text(f"\nno {report.noun} is left to train on", style="bold red"))
     else:
         rest = "" if tokenizer else "; structure only: add --model.path DIR to check tokens and see samples"
-        console.print(Text(f"\nok: {report.samples:,} pairs{rest}", style="bold green"))
+        console.print(Text(f"\nok: {report.samples:,} {report.noun}s{rest}", style="bold green"))

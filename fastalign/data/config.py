@@ -13,16 +13,53 @@ _PAIR = ("prompt", "chosen", "rejected")
 
 
 @dataclass
-class DataConfig:
+class SourceConfig:
+    """Options of where rows come from."""
+
+    column_names: ClassVar[tuple[str, ...]] = _OPTIONAL
+    purpose: ClassVar[str] = ""  # what the rows are for, as an error says it
+    needs: ClassVar[str] = ""  # the columns that this takes
+
+    path: str = ""  # JSON, JSONL or Parquet file, a folder written by datasets.save_to_disk, or a hub data set's name
+    split: str = "train"  # split of a folder or hub data set to read
+    subset: str | None = None  # configuration of a hub data set that has several
+    columns: dict[str, str] = field(default_factory=dict)  # our column name: its name in the data, as {prompt: question}
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the option that is out of range or contradicts another one."""
+        if not self.path:
+            raise ConfigError("data.path is empty: name a JSON, JSONL or Parquet file, a saved data set folder, or a hub data set")
+        if unknown := sorted(set(self.columns) - set(self.column_names)):
+            raise ConfigError(f"data.columns maps {unknown[0]!r}, which is not one of our columns: {', '.join(self.column_names)}")
+
+
+@dataclass
+class ScaleConfig(SourceConfig):
+    """Options of rows with scores."""
+
+    scale_min: float | None = None  # smallest score that the scale allows; one below it is an error
+    scale_max: float | None = None  # largest score that the scale allows; one above it is an error
+
+    def validate(self) -> None:
+        super().validate()
+        low, high = self.scale
+        if not low < high:
+            raise ConfigError(f"data.scale_min must be below data.scale_max, got {low:g} and {high:g}")
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Smallest and largest score, infinite where not given."""
+        return -math.inf if self.scale_min is None else self.scale_min, math.inf if self.scale_max is None else self.scale_max
+
+
+@dataclass
+class DataConfig(SourceConfig):
     """Options of the data set. Lengths are in tokens."""
 
     column_names: ClassVar[tuple[str, ...]] = (*_PAIR, *_OPTIONAL)
     purpose: ClassVar[str] = "preference training"
     needs: ClassVar[str] = "'prompt', 'chosen' and 'rejected'"
 
-    path: str = ""  # JSON, JSONL or Parquet file, a folder written by datasets.save_to_disk, or a hub data set's name
-    split: str = "train"  # split of a folder or hub data set to train on
-    subset: str | None = None  # configuration of a hub data set that has several
     eval_path: str | None = None  # held-out data, in any of the formats of path
     eval_split: str | None = None  # held-out split of eval_path, or of path without it
     eval_fraction: float = 0.0  # hold out this fraction of the samples, chosen by prompt: no prompt is in both parts
@@ -30,12 +67,9 @@ class DataConfig:
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"  # cut a completion's end, a prompt's start, or leave the row out
     deduplicate: bool = False  # drop rows that repeat an earlier row's prompt, completions and labels
     chat_template: str | None = None  # Jinja file to use in place of the tokenizer's chat template
-    columns: dict[str, str] = field(default_factory=dict)  # our column name: its name in the data, as {prompt: question}
 
     def validate(self) -> None:
-        """Raises ConfigError naming the option that is out of range or contradicts another one."""
-        if not self.path:
-            raise ConfigError("data.path is empty: name a JSON, JSONL or Parquet file, a saved data set folder, or a hub data set")
+        super().validate()
         if not 0.0 <= self.eval_fraction < 1.0:
             raise ConfigError(f"data.eval_fraction must be in [0, 1), got {self.eval_fraction}")
         if self.eval_fraction and (self.eval_path or self.eval_split):
@@ -44,8 +78,6 @@ class DataConfig:
             raise ConfigError(f"data.max_length must be at least 2 (a prompt token and a completion token), got {self.max_length}")
         if self.truncation not in ("keep_start", "keep_end", "drop"):
             raise ConfigError(f"data.truncation must be 'keep_start', 'keep_end' or 'drop', got {self.truncation!r}")
-        if unknown := sorted(set(self.columns) - set(self.column_names)):
-            raise ConfigError(f"data.columns maps {unknown[0]!r}, which is not one of our columns: {', '.join(self.column_names)}")
 
 
 @dataclass
@@ -72,7 +104,7 @@ class UnpairedDataConfig(DataConfig):
 
 
 @dataclass
-class RankedDataConfig(DataConfig):
+class RankedDataConfig(DataConfig, ScaleConfig):
     """Options of a data set of pairs or ranked lists of completions, for reward models. Over-long rows are left out by default:
     a reward is read at a sequence's last token."""
 
@@ -84,21 +116,11 @@ class RankedDataConfig(DataConfig):
 
     truncation: Literal["keep_start", "keep_end", "drop"] = "drop"  # of sequences over max_length
     ties: Literal["error", "drop"] = "error"  # completions in the same place of a ranking; drop: keep the first of them
-    scale_min: float | None = None  # smallest score that the scale allows; one below it is an error
-    scale_max: float | None = None  # largest score that the scale allows; one above it is an error
 
     def validate(self) -> None:
         super().validate()
         if self.ties not in ("error", "drop"):
             raise ConfigError(f"data.ties must be 'error' or 'drop', got {self.ties!r}")
-        low, high = self.scale
-        if not low < high:
-            raise ConfigError(f"data.scale_min must be below data.scale_max, got {low:g} and {high:g}")
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        """Smallest and largest score, infinite where not given."""
-        return -math.inf if self.scale_min is None else self.scale_min, math.inf if self.scale_max is None else self.scale_max
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
-from fastalign.data.config import DataConfig
+from fastalign.data.config import SourceConfig
 from fastalign.data.messages import Turns, check_turns
 from fastalign.data.sources import Row, kind_of
 from fastalign.errors import DataError
@@ -71,7 +71,7 @@ Parse = Callable[[str, int, Row, Any], Sequence[Example | Dropped]]  # (place, i
 class Fields:
     """One row under our column names. Every error names the place, the column as the data calls it, and the remedy."""
 
-    def __init__(self, place: str, row: Row, config: DataConfig) -> None:
+    def __init__(self, place: str, row: Row, config: SourceConfig) -> None:
         self.place, self.row, self.config = place, row, config
         self.names = {name: config.columns.get(name, name) for name in config.column_names}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.config import DataConfig
+from fastalign.data.config import DataConfig, SourceConfig
 from fastalign.data.examples import Dropped, Example, Fields, check_ending
 from fastalign.data.messages import Turns, common_prefix_length, has_text
 from fastalign.data.samples import Format, Samples, load
@@ -21,7 +21,7 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, 
     return load(PAIRS, config, tokenizer, vocab_size=vocab_size)
 
 
-def parse_pair(place: str, index: int, row: Row, config: DataConfig) -> Sequence[Example | Dropped]:
+def parse_pair(place: str, index: int, row: Row, config: SourceConfig) -> Sequence[Example | Dropped]:
     """Checks one row and splits off its prompt, explicit or implicit as TRL's `extract_prompt` finds it.
 
     Gives one example, or Dropped for an empty or identical pair; raises DataError, naming place, column and remedy, for a

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.config import RankedDataConfig
+from fastalign.data.config import RankedDataConfig, ScaleConfig
 from fastalign.data.examples import Dropped, Example, Fields, check_ending
 from fastalign.data.messages import Turns, check_turns, has_text
 from fastalign.data.preferences import parse_pair, with_prompt
@@ -33,31 +33,47 @@ def parse_ranked(place: str, index: int, row: Row, config: RankedDataConfig) -> 
     """Checks one row; gives one example, or Dropped when fewer than two completions are left. Raises DataError for a malformed row."""
     fields = Fields(place, row, config)
     if "completions" not in fields:
-        return [_with_margin(fields, parsed) for parsed in parse_pair(place, index, row, config)]
+        return parse_pair_with_margin(place, index, row, config)
+    prompt, completions, values = read_ranking(fields)
+    options = fields.options()
+    groups = _places(values)
+    tied = next((group for group in groups if len(group) > 1), None)
+    if tied and config.ties == "error":
+        raise DataError(
+            f"{fields.where('ranks' if 'ranks' in fields else 'scores')}: completions {tied[0]} and {tied[1]} are tied; "
+            "order them, or set data.ties drop to keep the first of each tie"
+        )
+    if not options["weight"]:
+        return [Dropped(place, "weight is 0")]
+    kept = [group[0] for group in groups if has_text(completions[group[0]])]
+    if len(kept) < 2:
+        return [Dropped(place, "fewer than two completions are left")]
+    if any(completions[i] == completions[j] for n, i in enumerate(kept) for j in kept[:n]):
+        return [Dropped(place, "two completions are identical")]
+    labels = tuple(values[i] for i in kept) if "scores" in fields else tuple(map(float, reversed(range(len(kept)))))
+    return [Example(place, index, prompt, tuple(completions[i] for i in kept), labels=labels, **options)]
+
+
+def read_ranking(fields: Fields) -> tuple[Turns, list[Turns], list[float]]:
+    """The prompt of a list, its completions, and of each the score, or minus the rank: higher is better, and ties are equal."""
     fields.require("prompt", "completions")
     if ("ranks" in fields) == ("scores" in fields):
         names = fields.names
         both = "both are there; remove one" if "ranks" in fields else "add one of them"
-        raise DataError(f"{place}: a list of completions needs either {names['ranks']!r} (1 is best) or {names['scores']!r}; {both}")
-    options = fields.options()
+        raise DataError(f"{fields.place}: a list of completions needs either {names['ranks']!r} (1 is best) or {names['scores']!r}; {both}")
     prompt = fields.turns("prompt")
     if not has_text(prompt):
         raise DataError(f"{fields.where('prompt')}: the prompt is empty; give a prompt or remove the row")
-    completions = _completions(fields, prompt)
-    name = "ranks" if "ranks" in fields else "scores"
-    order = _order(fields, name, len(completions))
-    if not options["weight"]:
-        return [Dropped(place, "weight is 0")]
-    kept = [(value, completions[i]) for value, i in order if has_text(completions[i])]
-    if len(kept) < 2:
-        return [Dropped(place, "fewer than two completions are left")]
-    if any(a == b for i, (_, a) in enumerate(kept) for _, b in kept[:i]):
-        return [Dropped(place, "two completions are identical")]
-    labels = tuple(value for value, _ in kept) if name == "scores" else tuple(float(n) for n in reversed(range(len(kept))))
-    return [Example(place, index, prompt, tuple(completion for _, completion in kept), labels=labels, **options)]
+    completions = read_completions(fields, prompt)
+    if "scores" in fields:
+        return prompt, completions, read_scores(fields, "scores", len(completions))
+    ranks = _numbers(fields, "ranks", len(completions))
+    _check_ranks(fields.where("ranks"), ranks)
+    return prompt, completions, [-rank for rank in ranks]
 
 
-def _completions(fields: Fields, prompt: Turns) -> list[Turns]:
+def read_completions(fields: Fields, prompt: Turns) -> list[Turns]:
+    """The column `completions`: a list of texts or of message lists, as the prompt is."""
     value = fields.value("completions")
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{fields.where('completions')}: expected a list of completions, got {kind_of(value)}")
@@ -70,28 +86,30 @@ def _completions(fields: Fields, prompt: Turns) -> list[Turns]:
     return completions
 
 
-def _order(fields: Fields, name: str, count: int) -> list[tuple[float, int]]:
-    """(score, or minus the rank; position) of the completions, best first, with ties resolved."""
+def read_scores(fields: Fields, name: str, count: int) -> list[float]:
+    """The column `name`: a number on the scale for each of `count` completions."""
+    scores = _numbers(fields, name, count)
+    for number, score in enumerate(scores):
+        check_scale(fields.config, f"{fields.where(name)}, entry {number}", score)
+    return scores
+
+
+def _numbers(fields: Fields, name: str, count: int) -> list[float]:
     where, values = fields.where(name), fields.value(name)
     if not isinstance(values, (list, tuple)) or len(values) != count:
         got = f"{len(values)} of them" if isinstance(values, (list, tuple)) else kind_of(values)
         raise DataError(f"{where}: expected one number for each of the {count} completions, got {got}")
     remedy = "give a finite number for every completion, or remove the row"
-    numbers = [fields.as_number(f"{where}, entry {number}", value, remedy) for number, value in enumerate(values)]
-    check = _check_ranks if name == "ranks" else _check_scores
-    check(fields, where, numbers)
-    values_down = sorted(((-n if name == "ranks" else n, i) for i, n in enumerate(numbers)), key=lambda item: (-item[0], item[1]))
-    groups = [list(group) for _, group in groupby(values_down, key=lambda item: item[0])]
-    tied = next((group for group in groups if len(group) > 1), None)
-    if tied and fields.config.ties == "error":  # type: ignore[attr-defined]
-        raise DataError(
-            f"{where}: completions {' and '.join(str(i) for _, i in tied[:2])} are tied; "
-            "order them, or set data.ties drop to keep the first of each tie"
-        )
-    return [group[0] for group in groups]
+    return [fields.as_number(f"{where}, entry {number}", value, remedy) for number, value in enumerate(values)]
 
 
-def _check_ranks(fields: Fields, where: str, ranks: Sequence[float]) -> None:
+def _places(values: Sequence[float]) -> list[list[int]]:
+    """Positions of the values from the highest to the lowest, equal ones together and in order."""
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    return [list(group) for _, group in groupby(order, key=values.__getitem__)]
+
+
+def _check_ranks(where: str, ranks: Sequence[float]) -> None:
     """Ranks count from 1, without gaps; after a tie of k the next rank is 1 or k further on."""
     for rank in ranks:
         if rank != int(rank) or rank < 1:
@@ -105,11 +123,6 @@ def _check_ranks(fields: Fields, where: str, ranks: Sequence[float]) -> None:
         raise DataError(f"{where}: the ranks {shown} have a gap: nothing has rank {missing:g}; number the completions 1 to {len(ranks)}")
 
 
-def _check_scores(fields: Fields, where: str, scores: Sequence[float]) -> None:
-    for number, score in enumerate(scores):
-        check_scale(fields.config, f"{where}, entry {number}", score)
-
-
 def check_scale(config: Any, where: str, score: float) -> None:
     """Raises DataError for a score outside `config.scale`."""
     low, high = config.scale
@@ -119,19 +132,27 @@ def check_scale(config: Any, where: str, score: float) -> None:
         )
 
 
-def _with_margin(fields: Fields, parsed: Example | Dropped) -> Example | Dropped:
+def parse_pair_with_margin(place: str, index: int, row: Row, config: ScaleConfig) -> Sequence[Example | Dropped]:
+    """As `parse_pair`, with the margin: that of the row, or the difference of its two scores, or 0."""
+    fields = Fields(place, row, config)
+    margin = _margin(fields)
+    parsed = parse_pair(place, index, row, config)
+    return [pair if isinstance(pair, Dropped) else replace(pair, labels=(1.0, 0.0), margin=margin) for pair in parsed]
+
+
+def _margin(fields: Fields) -> float:
     scores = [name for name in ("score_chosen", "score_rejected") if name in fields]
     remedy = "give a finite number of at least 0, or leave the column out"
     if "margin" in fields and scores:
         raise DataError(f"{fields.place}: both {fields.names['margin']!r} and {fields.names[scores[0]]!r} are given; remove one")
-    margin = 0.0
     if "margin" in fields:
         margin = fields.number("margin", remedy)
         if margin < 0:
             raise DataError(
                 f"{fields.where('margin')}: {margin:g} is negative: the rejected completion would win; swap the two, or mend it"
             )
-    elif scores:
+        return margin
+    if scores:
         fields.require("score_chosen", "score_rejected")
         chosen, rejected = (fields.number(name, remedy) for name in ("score_chosen", "score_rejected"))
         for name, score in (("score_chosen", chosen), ("score_rejected", rejected)):
@@ -142,7 +163,8 @@ def _with_margin(fields: Fields, parsed: Example | Dropped) -> Example | Dropped
                 f"{fields.place}: chosen scores {chosen:g} and rejected {rejected:g}, so the rejected completion is the better one; "
                 "swap the two, or remove the row"
             )
-    return parsed if isinstance(parsed, Dropped) else replace(parsed, labels=(1.0, 0.0), margin=margin)
+        return margin
+    return 0.0
 
 
 def _describe(samples: Sequence[Sample], report: DataReport) -> None:
