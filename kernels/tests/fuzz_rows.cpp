@@ -71,7 +71,9 @@ void near(double got, double want, double bound, const char *what, const char *i
 }
 
 void one_case(uint64_t number, const char *isa, int threads) {
-    const int64_t rows = between(0, 6), columns = chance(0.3) ? between(0, 40) : between(1, 2600), stride = columns + between(0, 9);
+    const bool large = chance(0.03);  // enough for several threads
+    const int64_t rows = large ? between(70, 90) : between(0, 6);
+    const int64_t columns = large ? between(2000, 2600) : chance(0.3) ? between(0, 40) : between(1, 2600), stride = columns + between(0, 9);
     const int64_t before = between(0, 50), vocabulary = before + columns + between(0, 50);
     Elements x{static_cast<int32_t>(between(0, 2)), {}};
     x.bytes.resize(static_cast<size_t>(rows ? ((rows - 1) * stride + columns) * x.width() : 0));
