@@ -109,7 +109,8 @@ def load_counted(mask_ptr, cols, n):
     return counted
 
 
-@triton.jit
+# Sequences begin anywhere, so how tensors are aligned makes no better code: slices of a batch need no kernels of their own.
+@triton.jit(do_not_specialize_on_alignment=[*range(12), "d_logps_ptr", "d_entropy_ptr"])
 def policy_kernel(
     logps_ptr,  # (N,) float32
     old_ptr,  # (N,), as all that follow

@@ -255,7 +255,8 @@ def share(i, weight_ptr, denominator_ptr, scale):
     return scale
 
 
-@triton.jit
+# Sequences begin anywhere, so how tensors are aligned makes no better code: slices of a batch need no kernels of their own.
+@triton.jit(do_not_specialize_on_alignment=[*range(5), "d_logps_ptr"])
 def pair_kernel(
     logps_ptr,  # (N,) float32
     cu_ptr,  # (2P+1,)
@@ -316,7 +317,7 @@ def pair_kernel(
     tl.store(sums_ptr + 5, sum_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*range(7), "d_logps_ptr"])
 def unpaired_kernel(
     logps_ptr,  # (N,) float32
     cu_ptr,  # (S+1,)

@@ -38,9 +38,13 @@ OPTIONS = {  # of policy_loss: each term alone, then all of them
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that is not written is NaN."""
+
+    def fill(make, *args, **options):
+        made = make(*args, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
     for name in ("empty", "empty_like"):
-        made = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: made(*a, **k).fill_(float("nan")))
+        monkeypatch.setattr(torch, name, partial(fill, getattr(torch, name)))
 
 
 class Policy:
@@ -61,7 +65,7 @@ class Policy:
 
     def run(self, loss, name, chosen=OPTIONS["all"], dtype=torch.float32, **options):
         """(PolicyOutput, dL/dlogps, dL/dentropy or None) by a function."""
-        floats = {k: self.tensors[k].to(dtype) for k in FLOATS}
+        floats = {k: self.tensors[k].to(dtype, copy=True) for k in FLOATS}
         if "mask" in chosen:
             floats = {k: x.masked_fill(~self.tensors["mask"], float("nan")) for k, x in floats.items()}
         leaves = {k: floats[k].requires_grad_() for k in ("logps", "entropy")}
