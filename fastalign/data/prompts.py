@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ class Prompts(Samples):
 
     turns: dict[int, Turns] = field(default_factory=dict)
     columns: dict[int, Row] = field(default_factory=dict)
+    tokenizer: Any = None  # which wrote the prompts and reads the answers
 
 
 def load_prompts(config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> Prompts:
@@ -51,4 +53,4 @@ def load_prompts(config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase, *
     columns = {index: columns[index] for index in sorted(kept)}
     digest = hashlib.sha256(f"{loaded.fingerprint} {json.dumps(columns, sort_keys=True, default=str)}".encode()).hexdigest()
     values = {f.name: getattr(loaded, f.name) for f in fields(Samples)} | {"fingerprint": digest}
-    return Prompts(**values, turns={index: turns[index] for index in columns}, columns=columns)
+    return Prompts(**values, turns={index: turns[index] for index in columns}, columns=columns, tokenizer=tokenizer)

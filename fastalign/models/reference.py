@@ -99,13 +99,21 @@ def sequence_logps(
 
     `head` is `head_spec(model)`, for those who call this often. With `ld_alpha` the sums are LD-DPO's, of pairs of sequences.
     """
+    logps = token_logps(model, batch, head=head, budget=budget)
+    if ld_alpha is not None:
+        return shared_length_sum(logps, batch.live_cu_seqlens, ld_alpha).float()
+    return segment_sum(logps, batch.live_cu_seqlens).float()
+
+
+def token_logps(
+    model: nn.Module, batch: PackedBatch, *, head: HeadSpec | None = None, budget: int | None = None, temperature: float = 1.0
+) -> Tensor:
+    """(L,) log-probs of the scored tokens of `batch` under softmax(logits / temperature), without gradient or dropout."""
     head = head_spec(model) if head is None else head
     with evaluation(model):
         hidden = trunk(model, batch).hidden.index_select(0, batch.live)
-        logps = head.logps(hidden, batch.live_target, live_rows=len(batch.live_target), budget=budget).logps
-        if ld_alpha is not None:
-            return shared_length_sum(logps, batch.live_cu_seqlens, ld_alpha).float()
-        return segment_sum(logps, batch.live_cu_seqlens).float()
+        live_rows = len(batch.live_target)
+        return head.logps(hidden, batch.live_target, live_rows=live_rows, budget=budget, temperature=temperature).logps
 
 
 class AdapterReference:
@@ -122,6 +130,11 @@ class AdapterReference:
         with reference_adapter(self.model):
             return sequence_logps(self.model, batch, head=self.head, budget=self.budget, ld_alpha=self.ld_alpha)
 
+    def token_logps(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+        """(L,) log-probs of the scored tokens."""
+        with reference_adapter(self.model):
+            return token_logps(self.model, batch, head=self.head, budget=self.budget, temperature=temperature)
+
 
 class CopyReference:
     """A frozen second model on `device` (None: that of the model). It can follow the trained one (`mix`)."""
@@ -137,6 +150,11 @@ class CopyReference:
 
     def logps(self, batch: PackedBatch) -> Tensor:
         found = sequence_logps(self.model, batch.to(self.device), head=self.head, budget=self.budget, ld_alpha=self.ld_alpha)
+        return found.to(batch.input_ids.device)
+
+    def token_logps(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+        """(L,) log-probs of the scored tokens."""
+        found = token_logps(self.model, batch.to(self.device), head=self.head, budget=self.budget, temperature=temperature)
         return found.to(batch.input_ids.device)
 
     @torch.no_grad()

@@ -56,6 +56,17 @@ class Stateful(Protocol):
         """Put back what `state` gave."""
 
 
+@runtime_checkable
+class Online(Protocol):
+    """An objective that trains on what the model says to the samples of the data, which are prompts."""
+
+    def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
+        """What optimizer step `step`, counted from 0, trains on. Called without gradient, once for each step in turn."""
+
+    def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
+        """Metrics of what the model says to held-out prompts."""
+
+
 class Dataset(Protocol):
     """Tokenized samples; `fingerprint` changes with anything that changes them."""
 
@@ -152,6 +163,16 @@ class RunConfig:
             self._require(option, getattr(self, option) is None or getattr(self, option) > 0, "positive, or null")
         self._require_choice("lr_schedule", ("linear", "cosine", "constant"))
         self._require_choice("metrics", ("full", "basic"))
+
+    @property
+    def steps_per_draw(self) -> int:
+        """Optimizer steps that share one draw of samples from the data."""
+        return 1
+
+    @property
+    def draw_size(self) -> int:
+        """Samples of the data that are drawn together."""
+        return self.batch_size
 
     def load_model(self, tokenizer: Any) -> Any:
         """The model to train, with packed attention and, if one is trained, its adapter."""

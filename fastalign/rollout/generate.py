@@ -31,7 +31,7 @@ def generate(
     max_new_tokens: int,
     eos_token_id: int | Sequence[int],
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     max_tokens: int = 16384,
 ) -> list[Completion]:
     """One completion of each prompt, in the order of the prompts; a prompt that is there twice is sampled twice.
@@ -115,6 +115,7 @@ def _batches(lengths: Sequence[int], new: int, max_tokens: int) -> list[list[int
     return batches
 
 
-def _uniforms(seed: int, members: Sequence[int], steps: int) -> Tensor:
+def _uniforms(seed: int | Sequence[int], members: Sequence[int], steps: int) -> Tensor:
     """(B, steps) float64 in [0, 1), a stream for each (seed, member); torch's generator takes no more than 32 bits of a seed."""
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, i]).random(steps) for i in members]))
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    return torch.from_numpy(np.stack([np.random.default_rng([*seeds, i]).random(steps) for i in members]))

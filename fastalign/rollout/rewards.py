@@ -16,7 +16,7 @@ import inspect
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from fractions import Fraction
@@ -137,7 +137,7 @@ def score(
     prompts: Sequence[Turns],
     completions: Sequence[Turns],
     completion_ids: Sequence[Sequence[int]],
-    columns: dict[str, Sequence[Any]],
+    columns: Mapping[str, Sequence[Any]],
     *,
     timeout: float | None = None,
 ) -> list[list[float]]:

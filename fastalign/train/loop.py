@@ -22,7 +22,7 @@ from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.heads import lm_head_weight
 from fastalign.models.save import save_final
 from fastalign.models.trunk import causal_lm
-from fastalign.objectives.base import RunConfig, Stateful
+from fastalign.objectives.base import Online, RunConfig, Stateful
 from fastalign.packing import collate
 from fastalign.train import checkpoint
 from fastalign.train.card import write_card
@@ -32,7 +32,7 @@ from fastalign.train.folder import TEMPORARY, RunFolder, claim, publish, writing
 from fastalign.train.metrics import MetricsWriter, check_loggers
 from fastalign.train.optim import Optimizer, learning_rate
 from fastalign.train.report import write_counts, write_report
-from fastalign.train.step import Order, check_lengths, check_vocabulary, micro_batches, run_step, to_floats
+from fastalign.train.step import Order, check_lengths, check_vocabulary, micro_batches, run_step, to_floats, with_target
 from fastalign.types import Sample
 
 logger = logging.getLogger("fastalign")
@@ -85,7 +85,7 @@ class _Run:
             model=model_fingerprint(self.model, skip_adapter=POLICY if has_adapter(self.model) else None),
         )
         self.optimizer = Optimizer(self.model, config, head_weight=head_weight)
-        config.check_model(self.model, collate(self._samples(0)[:1]).to(self.device))
+        config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
         self.progress = Progress()
         self.saved_step = -1
         self.metrics: dict[str, float] = {}
@@ -130,6 +130,9 @@ class _Run:
         started = time.perf_counter()
         config, progress = self.config, self.progress
         samples = self._samples(progress.step)
+        if isinstance(self.objective, Online):
+            with torch.no_grad():
+                samples = list(self.objective.samples(progress.step, samples))
         rate = learning_rate(progress.step, self.order.total_steps, config)
         self.optimizer.zero_grad()
         sums, denominators = run_step(self.objective, micro_batches(samples, config.max_tokens), device=self.device)
@@ -180,6 +183,10 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Metrics of the whole held-out split, as if it were one step."""
+        if isinstance(self.objective, Online):
+            with torch.no_grad():
+                self.eval_metrics = {f"eval_{name}": value for name, value in self.objective.evaluate(self.data.eval_samples).items()}
+            return
         self.model.eval()
         bins = micro_batches(self.data.eval_samples, self.config.max_tokens)
         sums, denominators = run_step(self.objective, bins, device=self.device, backward=False)

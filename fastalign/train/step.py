@@ -29,14 +29,19 @@ class Order:
     seed: int
     epochs: float
     max_steps: int | None = None
+    steps_per_draw: int = 1  # optimizer steps that share the samples
 
     @classmethod
     def of(cls, config: RunConfig, num_samples: int) -> Order:
-        return cls(num_samples, config.batch_size, config.seed, config.epochs, config.max_steps)
+        return cls(num_samples, config.draw_size, config.seed, config.epochs, config.max_steps, config.steps_per_draw)
+
+    @property
+    def draws_per_epoch(self) -> int:
+        return math.ceil(self.num_samples / self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_samples / self.batch_size)
+        return self.draws_per_epoch * self.steps_per_draw
 
     @property
     def total_steps(self) -> int:
@@ -44,9 +49,9 @@ class Order:
 
     def samples_of(self, step: int) -> list[int]:
         """Indices of the samples of optimizer step `step`, counted from 0."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        epoch, draw = divmod(step // self.steps_per_draw, self.draws_per_epoch)
         permutation = _permutation(self.num_samples, self.seed, epoch)
-        return permutation[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
+        return permutation[draw * self.batch_size : (draw + 1) * self.batch_size]
 
 
 @lru_cache(maxsize=1)
@@ -74,6 +79,13 @@ def check_vocabulary(samples: Sequence[Sample], vocab_size: int) -> None:
                 f"row {sample.index}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
                 "use the model's own tokenizer, or resize its embeddings"
             )
+
+
+def with_target(sample: Sample) -> Sample:
+    """A sample that has something to score: of a prompt without completions its own tokens after the first."""
+    if sample.completions:
+        return sample
+    return Sample(sample.index, sample.prompt[:1], (sample.prompt[1:] or sample.prompt,))
 
 
 def micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:

@@ -1,0 +1,232 @@
+"""Group relative policy optimisation: answers to a prompt are compared with each other, and the better ones become more likely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from fastalign.advantages import group_relative
+from fastalign.data.prompts import Prompts
+from fastalign.losses import fused_triton
+from fastalign.losses.aggregate import fixed_length, sequence_mean, token_mean
+from fastalign.losses.policy import KL_ESTIMATES, POLICY_LOSSES, PolicyOutput, cispo, options_of, policy_loss, ppo_clip
+from fastalign.models.trunk import trunk
+from fastalign.objectives.base import Dataset
+from fastalign.objectives.online import OnlineConfig, Rollout, Rollouts
+from fastalign.segments import segment_expand, segments_in
+from fastalign.types import HeadOutput, PackedBatch, Sample
+
+
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """GRPO and its relatives: makes the answers more likely that are rewarded above the others to the same prompt."""
+
+    name: ClassVar[str] = "grpo"
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "gspo"] = "dapo"
+    """What is clipped and what is averaged; dapo: clipped ratios of tokens, every token of the step weighs the same."""
+    importance_sampling_level: Literal["token", "sequence"] | None = None
+    """Whose ratio to the policy that answered a token has; null: that of the loss type."""
+    epsilon: float = 0.2
+    """A ratio below 1 - epsilon is clipped."""
+    epsilon_high: float | None = None
+    """A ratio above 1 + epsilon_high is clipped (null: epsilon); cispo: the largest weight (null: 5)."""
+    delta: float | None = None
+    """Bound of the ratio for answers with a negative advantage; null: none."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation the advantages are divided by."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimate of the KL divergence from the reference."""
+    use_bias_correction_kl: bool = True
+    """Multiply it by the importance ratio, as TRL does."""
+    entropy_coef: float = 0.0
+    """Bonus for the entropy of the answers' tokens."""
+    loss_options: dict[str, float] = field(default_factory=dict)
+    """Further options of the loss by its own names, such as {temperature_neg: 1.05} of sapo."""
+
+    def validate(self) -> None:
+        super().validate()
+        self._require_choice("loss_type", get_args(get_type_hints(type(self))["loss_type"]))
+        self._require_choice("scale_rewards", ("group", "batch", "none"))
+        self._require_choice("kl_estimator", tuple(KL_ESTIMATES))
+        if self.importance_sampling_level is not None:
+            self._require_choice("importance_sampling_level", ("token", "sequence"))
+        self._require("num_generations", self.num_generations >= 2, "at least 2: answers are compared with each other")
+        self._require("epsilon", 0 < self.epsilon <= 1, "in (0, 1]")
+        for option in ("epsilon_high", "delta"):
+            self._require(option, getattr(self, option) is None or getattr(self, option) > 0, "positive, or null")
+        self._require("entropy_coef", 0 <= self.entropy_coef < float("inf"), "0 or more and finite")
+        try:
+            options_of(POLICY_LOSSES[self.loss_type].token_loss, loss_options(self))
+        except TypeError as error:
+            self._require("loss_options", False, f"options of {self.loss_type} ({error})")
+
+    def objective(self, model: Any, data: Dataset, folder: Path) -> GRPO:
+        assert isinstance(data, Prompts)
+        return GRPO(self, model, data)
+
+
+def loss_options(config: GRPOConfig) -> dict[str, Any]:
+    """Of the token loss, from TRL's names and `loss_options`."""
+    token_loss = POLICY_LOSSES[config.loss_type].token_loss
+    options: dict[str, Any] = {}
+    if token_loss is ppo_clip:
+        options = {"clip_low": config.epsilon, "clip_high": config.epsilon_high or config.epsilon, "delta": config.delta}
+    elif token_loss is cispo and config.epsilon_high is not None:
+        options = {"clip_high": config.epsilon_high}
+    return options | config.loss_options
+
+
+class GRPO:
+    """loss = aggregate over the step's answers of (policy loss + beta KL) - entropy_coef * mean entropy; see losses.policy.
+
+    An answer whose advantage is 0 has no gradient where there is neither penalty nor bonus: it is left out of the forward, too,
+    but not of the counts. Counts are those of the optimizer step, where TRL counts tokens over a whole generation, which differs
+    for steps_per_generation > 1. The weight of a prompt multiplies its advantages. Metrics are TRL's: of rewards and lengths over
+    the generation, of ratios, KL and entropy over the tokens that were trained on.
+    """
+
+    def __init__(self, config: GRPOConfig, model: Any, data: Prompts) -> None:
+        self.config, self.model = config, model
+        self.rollout = Rollout(config, model, data, needs_logps=config.steps_per_draw > 1 or self.needs_logps(config))
+        self.head = self.rollout.head
+        self.spec = POLICY_LOSSES[config.loss_type]
+        self.level = config.importance_sampling_level
+        self.kl_coef, self.entropy_coef, self.options = config.beta, config.entropy_coef, loss_options(config)
+        self.outputs = ("logps", "entropy") if config.metrics == "full" or self.entropy_coef else ("logps",)
+        self.rollouts: Rollouts | None = None
+        self.generation = -1
+        self.answers: list[int] = []  # of this step, the places of all its answers in the rollouts
+
+    @staticmethod
+    def needs_logps(config: GRPOConfig) -> bool:
+        """Whether advantages are made from log-probs."""
+        return False
+
+    def advantages(self, rollouts: Rollouts) -> Tensor:
+        """(B,) before the weights of the prompts."""
+        return group_relative(self.rollout.total(rollouts), self.rollout.groups(rollouts), scale=self.config.scale_rewards)
+
+    def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
+        config = self.config
+        generation, position = divmod(step, config.steps_per_draw)
+        if self.rollouts is None or self.generation != generation:
+            self.rollouts, self.generation = self.rollout.roll(prompts, (config.seed, generation)), generation
+            weight = torch.tensor([self.rollout.prompt_of[index].weight for index in self.rollouts.prompts.tolist()])
+            self.rollouts.advantages = self.advantages(self.rollouts) * weight
+        part, parts, asked = position % config.steps_per_generation, config.steps_per_generation, len(prompts)
+        first, last = part * asked // parts, max((part + 1) * asked // parts, part * asked // parts + 1)
+        self.answers = list(range(first * config.num_generations, last * config.num_generations))
+        samples, rollouts = self.rollout.samples(self.rollouts), self.rollouts
+        trained = [i for i in self.answers if self._counts(rollouts, i)]
+        if not (self.kl_coef or self.entropy_coef):
+            trained = [i for i in trained if rollouts.advantages[i] != 0]
+        return [samples[i] for i in trained or self.answers[:1]]
+
+    def _counts(self, rollouts: Rollouts, answer: int) -> bool:
+        return bool(rollouts.finished[answer]) or not self.config.mask_truncated_completions
+
+    def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
+        assert self.rollouts is not None
+        counted = [i for i in self.answers if self._counts(self.rollouts, i)]
+        tokens = float(sum(int(self.rollouts.lengths[i]) for i in counted))
+        count = tokens if self.spec.aggregate is token_mean else len(counted if self.spec.aggregate is sequence_mean else self.answers)
+        return {"count": max(1.0, float(count)), "tokens": max(1.0, tokens)}
+
+    def loss(self, batch: PackedBatch, denominators: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.rollouts is not None
+        rollouts, config, device = self.rollouts, self.config, batch.live_target.device
+        found = trunk(self.model, batch)
+        advantages = rollouts.advantages[list(batch.index)].to(device)
+        old, ref = (rollouts.of_tokens(x, batch.index).to(device) if x.numel() else None for x in (rollouts.logps, rollouts.ref_logps))
+        if config.steps_per_draw == 1:
+            old = None  # the policy is still the one that answered
+        mask = self._mask(rollouts, batch)
+        sums: dict[str, Tensor] = {}
+
+        def loss_of_slab(out: HeadOutput, rows: slice) -> Tensor:
+            first, last = segments_in(batch.live_bounds, rows)
+            fused = fused_triton.available(out.logps)
+            result: PolicyOutput = (fused_triton.policy_loss if fused else policy_loss)(
+                config.loss_type,
+                out.logps,
+                out.logps.detach() if old is None else old[rows],
+                advantages[first:last, None],
+                batch.live_cu_seqlens[first : last + 1] - rows.start,
+                mask=None if mask is None else mask[rows],
+                denominator=denominators["count"],
+                level=self.level,
+                ref_logps=ref[rows] if ref is not None and self.kl_coef else None,
+                kl_coef=self.kl_coef,
+                kl=config.kl_estimator,
+                kl_correction=config.use_bias_correction_kl,
+                entropy=out.entropy if self.entropy_coef else None,
+                entropy_coef=self.entropy_coef / denominators["tokens"],
+                length=config.max_completion_length if self.spec.aggregate is fixed_length else None,
+                **self.options,
+            )
+            part = {"tokens": result.tokens, "clipped_low": result.clipped_low, "clipped_high": result.clipped_high, "kl": result.kl}
+            if out.entropy is not None:
+                part["entropy"] = out.entropy.detach()
+            for name, value in part.items():
+                sums[name] = sums[name] + value.sum() if name in sums else value.sum()
+            return result.loss
+
+        loss = self.head.loss(
+            found.hidden.index_select(0, batch.live),
+            batch.live_target,
+            loss_of_slab,
+            groups=batch.live_bounds,
+            outputs=self.outputs,
+            differentiable=("logps", "entropy") if self.entropy_coef else ("logps",),
+            temperature=config.temperature,
+            live_rows=batch.live_target.shape[0],
+            budget=config.logits_budget,
+        )
+        if found.aux_loss is not None:
+            share = batch.live_target.shape[0] / denominators["tokens"]
+            loss, sums["aux_loss"] = loss + share * found.aux_loss, share * found.aux_loss.detach()
+        sums["loss"] = loss.detach()
+        return loss, sums
+
+    def _mask(self, rollouts: Rollouts, batch: PackedBatch) -> Tensor | None:
+        """(L,) bool, scored tokens of answers that count; None where all do."""
+        counts = [self._counts(rollouts, i) for i in batch.index]
+        return (
+            None
+            if all(counts)
+            else segment_expand(torch.tensor(counts), batch.live_cu_seqlens.cpu(), len(batch.live)).to(batch.live.device)
+        )
+
+    def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
+        assert self.rollouts is not None
+        tokens = max(1.0, sums["tokens"])
+        low, high = sums["clipped_low"] / tokens, sums["clipped_high"] / tokens
+        metrics = {"loss": sums["loss"], **self.rollout.metrics(self.rollouts)}
+        metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+        if self.rollouts.ref_logps.numel():
+            metrics["kl"] = sums["kl"] / tokens
+        if "entropy" in sums:
+            metrics["entropy"] = sums["entropy"] / tokens
+        return metrics | ({"aux_loss": sums["aux_loss"]} if "aux_loss" in sums else {})
+
+    def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
+        return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0, 1)))
+
+    def after_step(self, step: int) -> None:
+        """A generation that has been trained on is not needed again."""
+        if step % self.config.steps_per_draw == 0:
+            self.rollouts = None
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.rollouts is None else asdict(self.rollouts) | {"generation": torch.tensor(self.generation)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if state:
+            self.generation = int(state["generation"])
+            self.rollouts = Rollouts(**{name: value for name, value in state.items() if name != "generation"})

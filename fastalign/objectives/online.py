@@ -1,0 +1,243 @@
+"""What the online objectives share: the model answers prompts, the answers are rewarded, and optimizer steps train on them.
+
+A generation takes `batch_size` prompts for each of its `steps_per_generation` optimizer steps and draws `num_generations` answers
+to each; its steps are repeated `num_iterations` times. What a generation leaves behind, `Rollouts`, is part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastalign.data.config import PromptDataConfig
+from fastalign.data.prompts import Prompts, load_prompts
+from fastalign.errors import ConfigError
+from fastalign.models.adapters import has_adapter
+from fastalign.models.heads import head_spec
+from fastalign.models.reference import AdapterReference, CopyReference, token_logps
+from fastalign.objectives.base import RunConfig
+from fastalign.packing import collate, pack
+from fastalign.rollout.generate import Completion, generate
+from fastalign.rollout.reward_model import RewardModel
+from fastalign.rollout.rewards import Reward, load_rewards, score
+from fastalign.types import PackedBatch, Sample
+
+
+@dataclass
+class OnlineConfig(RunConfig):
+    """Options of every algorithm that trains on the model's own answers."""
+
+    data: PromptDataConfig = field(default_factory=PromptDataConfig)
+    batch_size: int = 8
+    """Prompts per optimizer step."""
+    rewards: list[str] = field(default_factory=list)
+    """Reward functions: built in (exact_match, numeric_match, tagged_format, repetition), FILE.py:FUNCTION, or folders of reward models."""
+    reward_weights: list[float] | None = None
+    """Weight of each in the sum; null: 1."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward function may take; null: any."""
+    num_generations: int = 8
+    """Answers to each prompt."""
+    max_completion_length: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 1.0
+    """Of sampling; log-probs are those of the tempered distribution."""
+    steps_per_generation: int = 1
+    """Optimizer steps whose prompts are answered together."""
+    num_iterations: int = 1
+    """Times that each of these steps is made."""
+    mask_truncated_completions: bool = False
+    """Answers that reached max_completion_length do not count in the loss."""
+    generation_tokens: int = 16384
+    """Prompt and answer tokens that are generated together; bounds the memory of the cache."""
+    beta: float = 0.0
+    """Weight of the KL penalty to the reference; 0: there is no reference."""
+    reference: Literal["auto", "adapter", "copy"] = "auto"
+    """adapter: the model with its adapter off; copy: a second model. auto: adapter when training LoRA, else copy."""
+
+    def validate(self) -> None:
+        super().validate()
+        for option in ("num_generations", "max_completion_length", "steps_per_generation", "num_iterations", "generation_tokens"):
+            self._require(option, getattr(self, option) >= 1, "at least 1")
+        self._require("temperature", 0 < self.temperature < math.inf, "positive and finite")
+        self._require("beta", 0 <= self.beta < math.inf, "0 or more and finite")
+        self._require("rewards", bool(self.rewards), "at least one reward function, such as numeric_match or my_rewards.py:good")
+        self._require("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "positive, or null")
+        self._require_choice("reference", ("auto", "adapter", "copy"))
+        if self.reference == "adapter" and not self.lora.enabled:
+            self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
+
+    @property
+    def steps_per_draw(self) -> int:
+        return self.steps_per_generation * self.num_iterations
+
+    @property
+    def draw_size(self) -> int:
+        return self.batch_size * self.steps_per_generation
+
+    def load_data(self, tokenizer: Any, vocab_size: int | None) -> Prompts:
+        data = load_prompts(self.data, tokenizer, vocab_size=vocab_size)
+        longest = max((*data.samples, *data.eval_samples), key=lambda sample: len(sample.prompt))
+        if (needed := len(longest.prompt) + self.max_completion_length) > self.max_tokens:
+            raise ConfigError(
+                f"max_tokens {self.max_tokens} is less than the longest prompt (row {longest.index}, {len(longest.prompt)} tokens) and "
+                f"the longest answer ({self.max_completion_length}) together; set --max_tokens {needed} or more"
+            )
+        return data
+
+
+@dataclass
+class Rollouts:
+    """The answers of one generation, B of them, T tokens in all, the answers to a prompt together. Tensors are on the CPU."""
+
+    prompts: Tensor  # (B,) int64, data-set row of each answer's prompt
+    tokens: Tensor  # (T,) int64
+    lengths: Tensor  # (B,) int64
+    finished: Tensor  # (B,) bool
+    rewards: Tensor  # (B, F) float32, NaN where a function had nothing to say
+    advantages: Tensor  # (B,) float32
+    logps: Tensor  # (T,) float32, by the policy that answered
+    ref_logps: Tensor  # (T,), or (0,) without a reference
+
+    @property
+    def bounds(self) -> list[int]:
+        return list(accumulate(self.lengths.tolist(), initial=0))
+
+    def of_tokens(self, values: Tensor, answers: Sequence[int]) -> Tensor:
+        """The part of `values` (T,) that belongs to these answers, in their order."""
+        bounds = self.bounds
+        return torch.cat([values[bounds[i] : bounds[i + 1]] for i in answers]) if answers else values[:0]
+
+
+class Rollout:
+    """Makes rollouts: the part of an online objective that knows the tokenizer, the reward functions and the reference."""
+
+    def __init__(self, config: OnlineConfig, model: Any, data: Prompts, *, needs_logps: bool) -> None:
+        self.config, self.model, self.data, self.needs_logps = config, model, data, needs_logps
+        self.head = head_spec(model)
+        self.rewards = reward_functions(config)
+        self.prompt_of = {sample.index: sample for sample in (*data.samples, *data.eval_samples)}
+        self.reference: AdapterReference | CopyReference | None = None
+        if config.beta:
+            adapter = config.reference == "adapter" or (config.reference == "auto" and has_adapter(model))
+            self.reference = (AdapterReference if adapter else CopyReference)(model, budget=config.logits_budget)
+
+    def roll(self, prompts: Sequence[Sample], seed: Sequence[int]) -> Rollouts:
+        """`num_generations` answers to each of `prompts`, rewarded, with log-probs; their advantages are still 0."""
+        asked = [prompt for prompt in prompts for _ in range(self.config.num_generations)]
+        done = self._answers(asked, seed)
+        rollouts = Rollouts(
+            prompts=torch.tensor([prompt.index for prompt in asked]),
+            tokens=torch.tensor([token for c in done for token in c.tokens]),
+            lengths=torch.tensor([len(c.tokens) for c in done]),
+            finished=torch.tensor([c.finished for c in done]),
+            rewards=self._rewards(asked, done),
+            advantages=torch.zeros(len(done)),
+            logps=torch.empty(0),
+            ref_logps=torch.empty(0),
+        )
+        samples, temperature = self.samples(rollouts), self.config.temperature
+        if self.needs_logps:
+            how: dict[str, Any] = {"head": self.head, "budget": self.config.logits_budget, "temperature": temperature}
+            rollouts.logps = self._score(samples, lambda batch: token_logps(self.model, batch, **how))
+        if self.reference is not None:
+            reference = self.reference
+            rollouts.ref_logps = self._score(samples, lambda batch: reference.token_logps(batch, temperature=temperature))
+        return rollouts
+
+    def total(self, rollouts: Rollouts) -> Tensor:
+        """(B,) weighted sum of the reward functions; NaN where none had anything to say."""
+        weights = torch.tensor([reward.weight for reward in self.rewards])
+        return torch.where(rollouts.rewards.isnan().all(1), torch.nan, (rollouts.rewards * weights).nansum(1))
+
+    def groups(self, rollouts: Rollouts) -> Tensor:
+        """(G+1,) int32 boundaries of the answers to one prompt."""
+        return torch.arange(0, len(rollouts.lengths) + 1, self.config.num_generations, dtype=torch.int32)
+
+    def metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        """Of rewards and lengths, under the names of TRL's GRPOTrainer."""
+        lengths, ended = rollouts.lengths.float(), rollouts.finished
+        total = self.total(rollouts)
+        deviation = torch.stack([nan_std(group) for group in total.view(-1, self.config.num_generations)])
+        terminated = lengths[ended] if bool(ended.any()) else torch.zeros(1)
+        metrics = {
+            "reward": total.nanmean(),
+            "reward_std": deviation.mean(),
+            "frac_reward_zero_std": (deviation < 1e-8).float().mean(),
+            "completions/mean_length": lengths.mean(),
+            "completions/min_length": lengths.min(),
+            "completions/max_length": lengths.max(),
+            "completions/mean_terminated_length": terminated.mean(),
+            "completions/clipped_ratio": 1 - ended.float().mean(),
+        }
+        for reward, column in zip(self.rewards, rollouts.rewards.unbind(1)):
+            metrics |= {f"rewards/{reward.name}/mean": column.nanmean(), f"rewards/{reward.name}/std": nan_std(column)}
+        return {name: float(value) for name, value in metrics.items()}
+
+    def samples(self, rollouts: Rollouts) -> list[Sample]:
+        """The answers as samples whose index is their place in `rollouts`."""
+        parts = rollouts.tokens.split(rollouts.lengths.tolist())
+        found = [self.prompt_of[index] for index in rollouts.prompts.tolist()]
+        return [Sample(i, p.prompt, (tuple(part.tolist()),), p.weight) for i, (p, part) in enumerate(zip(found, parts))]
+
+    def _answers(self, asked: Sequence[Sample], seed: Sequence[int]) -> list[Completion]:
+        config = self.config
+        return generate(
+            self.model,
+            [prompt.prompt for prompt in asked],
+            max_new_tokens=config.max_completion_length,
+            eos_token_id=self.data.tokenizer.eos_token_id,
+            temperature=config.temperature,
+            seed=seed,
+            max_tokens=config.generation_tokens,
+        )
+
+    def _rewards(self, asked: Sequence[Sample], done: Sequence[Completion]) -> Tensor:
+        """(B, F)"""
+        turns = [self.data.turns[prompt.index] for prompt in asked]
+        texts = [str(self.data.tokenizer.decode(list(c.tokens), skip_special_tokens=True)) for c in done]
+        said = [text if isinstance(turn, str) else [{"role": "assistant", "content": text}] for text, turn in zip(texts, turns)]
+        rows = [self.data.columns[prompt.index] for prompt in asked]
+        columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+        values = score(self.rewards, turns, said, [c.tokens for c in done], columns, timeout=self.config.reward_timeout)
+        return torch.tensor(values, dtype=torch.float32).view(len(done), len(self.rewards))
+
+    def _score(self, samples: Sequence[Sample], logps: Callable[[PackedBatch], Tensor]) -> Tensor:
+        """(T,) in the order of `samples`."""
+        device = next(self.model.parameters()).device
+        parts: dict[int, Tensor] = {}
+        for members in pack([sample.num_tokens for sample in samples], self.config.max_tokens):
+            batch = collate([samples[i] for i in members])
+            found = logps(batch.to(device)).float().cpu()
+            parts.update(zip(members, found.split([len(samples[i].completions[0]) for i in members])))
+        return torch.cat([parts[i] for i in range(len(samples))])
+
+
+def reward_functions(config: OnlineConfig) -> list[Reward]:
+    """What `config.rewards` names: functions, and reward models where a name is that of a folder."""
+    weights = [1.0] * len(config.rewards) if config.reward_weights is None else config.reward_weights
+    if len(weights) != len(config.rewards):
+        raise ConfigError(f"reward_weights: {len(weights)} weights for {len(config.rewards)} reward functions; give one for each")
+    found = []
+    for name, weight in zip(config.rewards, weights):
+        if Path(name).is_dir():
+            model = RewardModel(name, max_tokens=config.max_tokens)
+            found.append(Reward(model.name, model, weight))
+        else:
+            found += load_rewards([name], [weight])
+    if len({reward.name for reward in found}) < len(found):
+        raise ConfigError(f"rewards: two of them have the same name, which their metrics could not tell apart: {', '.join(config.rewards)}")
+    return found
+
+
+def nan_std(values: Tensor) -> Tensor:
+    """Unbiased standard deviation of what is not NaN; 0 for fewer than two values."""
+    there = values[~values.isnan()]
+    return there.std() if there.numel() > 1 else torch.zeros(())

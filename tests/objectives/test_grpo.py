@@ -1,0 +1,228 @@
+"""The GRPO objective against its formula on the model's own logits, and runs that generate, learn, stop and go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
+
+from fastalign import train
+from fastalign.data.config import PromptDataConfig
+from fastalign.data.prompts import load_prompts
+from fastalign.errors import ConfigError
+from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.load import load_model
+from fastalign.models.trunk import stock_attention
+from fastalign.objectives.grpo import GRPO, GRPOConfig
+from fastalign.objectives.rloo import RLOO, RLOOConfig
+from fastalign.train.step import micro_batches, run_step
+
+PROMPTS = ["old river", "why?", "a green lamp holds the letter", "stone"]
+REWARD = """
+def likes_o(prompts, completions, **columns):
+    return [c.count("o") / max(1, len(c)) for c in completions]
+
+def nothing(completions, **columns):
+    return [None] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    torch.manual_seed(0)
+    tiny_model("qwen3").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "weight": 1 + i % 2}) + "\n" for i, p in enumerate(PROMPTS)))
+    (folder / "rewards.py").write_text(REWARD)
+    return folder
+
+
+def config_of(place: Path, kind=GRPOConfig, **options):
+    given = {
+        "model": ModelConfig(path=str(place / "model"), dtype="float32"),
+        "data": PromptDataConfig(path=str(place / "prompts.jsonl")),
+        "rewards": [f"{place}/rewards.py:likes_o"],
+        "output": str(place / "run"),
+        "batch_size": 2,
+        "num_generations": 4,
+        "max_completion_length": 10,
+        "max_tokens": 64,
+        "learning_rate": 1e-2,
+        "lr_schedule": "constant",
+    }
+    return kind(**given | options)
+
+
+def rolled(place, kind=GRPO, config_kind=GRPOConfig, **options):
+    """An objective in the middle of a generation: the policy has moved since it answered."""
+    config = config_of(place, config_kind, **options)
+    config.validate()
+    tokenizer = tiny_tokenizer()
+    model = load_model(config.model, lora=config.lora)
+    objective = kind(config, model, load_prompts(config.data, tokenizer))
+    prompts = objective.rollout.data.samples[: config.draw_size]
+    with torch.no_grad():
+        objective.samples(0, prompts)
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    return objective, prompts
+
+
+def dense_logps(model, sample, temperature):
+    ids = torch.tensor([(*sample.prompt, *sample.completions[0])])
+    with stock_attention(model):
+        scores = (model(ids).logits[0, :-1] / temperature).log_softmax(-1)
+    return scores.gather(1, ids[0, 1:, None])[len(sample.prompt) - 1 :, 0]
+
+
+def by_the_book(objective, samples, loss_type, beta):
+    rollouts, config, model = objective.rollouts, objective.config, objective.model
+    parts = []
+    for i, sample in zip(objective.answers, samples):
+        logps, at = dense_logps(model, sample, config.temperature), slice(*rollouts.bounds[i : i + 2])
+        ratio, advantage = (logps - rollouts.logps[at]).exp(), rollouts.advantages[i]
+        if loss_type == "gspo":
+            ratio = (logps - rollouts.logps[at]).mean().exp().expand_as(logps)
+        values = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        if beta:
+            d = rollouts.ref_logps[at] - logps
+            values = values + beta * ratio * (d.exp() - d - 1)
+        parts.append(values)
+    if loss_type == "dapo":
+        return torch.cat(parts).mean()
+    if loss_type == "dr_grpo":
+        return torch.cat(parts).sum() / (len(parts) * config.max_completion_length)
+    return torch.stack([values.mean() for values in parts]).mean()
+
+
+@pytest.mark.parametrize(("loss_type", "beta"), [("dapo", 0.0), ("grpo", 0.3), ("dr_grpo", 0.0), ("gspo", 0.1)])
+def test_loss_and_gradient_by_the_book(place, loss_type, beta):
+    objective, prompts = rolled(place, loss_type=loss_type, beta=beta, num_iterations=2, temperature=0.8)
+    samples = list(objective.samples(1, prompts))
+    assert len(samples) == 8 and float(objective.rollouts.advantages.abs().min()) > 0
+    sums, _ = run_step(objective, micro_batches(samples, 64), device=torch.device("cpu"))
+    grads = [w.grad.clone() for w in objective.model.parameters()]
+    objective.model.zero_grad()
+    want = by_the_book(objective, samples, loss_type, beta)
+    want.backward()
+    assert float(sums["loss"]) == pytest.approx(want.item(), rel=1e-5)
+    for got, weight in zip(grads, objective.model.parameters()):
+        assert torch.allclose(got, weight.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "beta": 0.2}, {"loss_type": "vespo"}, {"mask_truncated_completions": True}])
+def test_the_cut_into_micro_batches_does_not_matter(place, options):
+    results = []
+    for max_tokens in (40, 64, 500):
+        objective, prompts = rolled(place, num_iterations=2, **options)
+        bins = micro_batches(list(objective.samples(1, prompts)), max_tokens)
+        sums, counts = run_step(objective, bins, device=torch.device("cpu"))
+        metrics = objective.metrics({name: float(value) for name, value in sums.items()}, counts)
+        results.append((metrics, [w.grad for w in objective.model.parameters()]))
+    for metrics, grads in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(grads, results[0][1]))
+
+
+def test_answers_without_an_advantage_are_left_out_and_change_nothing(place):
+    objective, prompts = rolled(place, num_iterations=2)
+    objective.rollouts.advantages[:4] = 0.0
+    trained = objective.samples(1, prompts)
+    assert [sample.index for sample in trained] == [4, 5, 6, 7]
+    everything = objective.rollout.samples(objective.rollouts)
+    grads = []
+    for samples in (trained, everything):
+        objective.model.zero_grad()
+        _, counts = run_step(objective, micro_batches(list(samples), 500), device=torch.device("cpu"))
+        grads.append([w.grad.clone() for w in objective.model.parameters()])
+        assert counts["count"] == float(objective.rollouts.lengths.sum())
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*grads))
+    objective.rollouts.advantages[:] = 0.0
+    assert len(objective.samples(1, prompts)) == 1  # a step needs something to be made of: its gradient is 0
+
+
+def test_truncated_answers_do_not_count_if_asked(place):
+    objective, prompts = rolled(place, num_iterations=2, mask_truncated_completions=True, loss_type="grpo")
+    done = objective.rollouts.finished
+    assert not done.all()
+    done[:2] = True
+    trained = objective.samples(1, prompts)
+    assert [sample.index for sample in trained] == done.nonzero()[:, 0].tolist()
+    assert objective.denominators(trained)["count"] == float(done.sum())
+    done[:] = False
+    sums, _ = run_step(objective, micro_batches(list(objective.samples(1, prompts)), 500), device=torch.device("cpu"))
+    assert float(sums["loss"]) == 0 and float(sums["tokens"]) == 0
+
+
+def test_a_function_that_abstains_gives_no_advantage(place):
+    objective, _ = rolled(place, rewards=[f"{place}/rewards.py:nothing"], num_iterations=2)
+    assert torch.equal(objective.rollouts.advantages, torch.zeros(8))
+    assert torch.isnan(objective.rollout.total(objective.rollouts)).all()
+
+
+def test_leave_one_out_and_the_penalty_in_the_reward(place):
+    objective, prompts = rolled(place, RLOO, RLOOConfig, beta=0.2, num_iterations=2)
+    rollouts = objective.rollouts
+    kl = torch.stack([part.sum() for part in (rollouts.logps - rollouts.ref_logps).split(rollouts.lengths.tolist())])
+    reward = (rollouts.rewards[:, 0] - 0.2 * kl).view(2, 4)
+    want = (reward - (reward.sum(1, keepdim=True) - reward) / 3) * torch.tensor([[1.0], [2.0]])
+    assert torch.allclose(rollouts.advantages, want.view(-1), atol=1e-6)
+    samples = list(objective.samples(1, prompts))
+    sums, _ = run_step(objective, micro_batches(samples, 64), device=torch.device("cpu"))
+    losses = []
+    for i, sample in enumerate(samples):
+        at = slice(*rollouts.bounds[i : i + 2])
+        ratio = (dense_logps(objective.model, sample, 1.0) - rollouts.logps[at]).sum().exp()
+        losses.append(-torch.minimum(ratio * rollouts.advantages[i], ratio.clamp(0.8, 1.2) * rollouts.advantages[i]))
+    assert float(sums["loss"]) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, lora):
+    options = {"lora": LoraConfig(r=lora), "steps_per_generation": 2, "num_iterations": 2, "batch_size": 1, "beta": 0.01}
+    options |= {"max_steps": 24, "save_every": 1, "keep_checkpoints": 99, "learning_rate": 2e-2, "num_generations": 8}
+    whole = train(config_of(place, output=str(tmp_path / "whole"), **options))
+    rows = [json.loads(line) for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["reward"] for row in rows[-4:]) > 2 * sum(row["reward"] for row in rows[:4])
+    assert {"kl", "entropy", "clip_ratio/low_mean", "completions/mean_length", "rewards/likes_o/mean"} <= set(rows[0])
+    for step in (2, 4, 7):  # inside a generation, at its end, in its second pass
+        again = tmp_path / f"again{step}"
+        shutil.copytree(whole.output, again)
+        shutil.rmtree(again / "final")
+        for checkpoint in (again / "checkpoints").iterdir():
+            if int(checkpoint.name[5:]) > step:
+                shutil.rmtree(checkpoint)
+        train(config_of(place, output=str(again), resume=True, **options))
+        kept = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+        assert [_result(row) for row in kept] == [_result(row) for row in rows]
+        name = "adapter_model.safetensors" if lora else "model.safetensors"
+        ours, theirs = load_file(again / "final" / name), load_file(whole.output / "final" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def _result(row):
+    return {name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rewards": []}, "rewards must be at least one reward function"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"loss_options": {"tau": 1.0}}, "loss_options must be options of dapo"),
+        ({"reference": "adapter"}, "reference must be copy or auto"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"reward_weights": [1.0, 2.0]}, "2 weights for 1 reward functions"),
+        ({"max_tokens": 12}, "max_tokens 12 is less than the longest prompt"),
+        ({"rewards": ["numbers"]}, "no built-in reward is called 'numbers'"),
+    ],
+)
+def test_bad_options_are_named(place, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        train(config_of(place, output=str(tmp_path / "run"), **options))
