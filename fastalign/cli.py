@@ -38,11 +38,8 @@ Trains language models on texts, preferences and rewards. Every command explains
   dpo          train on preference pairs (DPO and 14 of its kind): --model.path DIR --data.path FILE --output RUN
   kto          train on single answers that are desirable or not: --model.path DIR --data.path FILE --output RUN
   orpo, cpo, simpo   train on preference pairs without a reference: --model.path DIR --data.path FILE --output RUN
-<<<<<<< Updated upstream
   distill      learn a teacher's distributions on texts: --model.path DIR --teacher.path DIR --data.path FILE --output RUN
-=======
   grpo, rloo   train on the model's own answers to prompts, by reward functions: --model.path DIR --data.path FILE --rewards NAMES ...
->>>>>>> Stashed changes
   eval         accuracy and margins on held-out pairs, perplexity of texts, calibration of rewards: --model.path RUN --data.path FILE
   label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint
   report RUN   write RUN/report.html and its curves again

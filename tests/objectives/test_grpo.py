@@ -180,7 +180,7 @@ def test_leave_one_out_and_the_penalty_in_the_reward(place):
         at = slice(*rollouts.bounds[i : i + 2])
         ratio = (dense_logps(objective.model, sample, 1.0) - rollouts.logps[at]).sum().exp()
         losses.append(-torch.minimum(ratio * rollouts.advantages[i], ratio.clamp(0.8, 1.2) * rollouts.advantages[i]))
-    assert float(sums["loss"]) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+    assert float(sums["loss"]) == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("lora", [0, 4])
