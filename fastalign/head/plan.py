@@ -110,7 +110,10 @@ def make_plan(
     min_rows = min(max(1, rows), max(MIN_ROWS.get(device.type, 64), group_rows if local_loss else 1))
     reasons: list[str] = []
 
-    room = max(budget // 2, budget - ROW_SCRATCH)
+    # Each output after the first takes a slab's logits once more, from a copy.
+    frozen = schedule == "frozen" or (schedule == "auto" and hidden_grad and not head_grad and not local_loss)
+    copies = 2 if frozen and grad_outputs > 1 else 1
+    room = max(budget // 2, budget - ROW_SCRATCH) // copies
     most = MAX_ROWS.get(device.type, 1024)
     whole_rows = room // max(1, vocabulary * work)
     slab_rows, tile_cols = max(min_rows, min(whole_rows, most, max(1, rows))), vocabulary
@@ -147,11 +150,12 @@ def make_plan(
             reasons.append(f"tiles of {tile_cols} columns stay in cache between the GEMM and the row kernels")
     slab_rows = _even(rows, slab_rows, min_rows, group_rows if local_loss else 1)
     tiled = tile_cols < vocabulary
-    scratch = slab_rows * tile_cols * work
+    scratch = slab_rows * tile_cols * work * (1 if tiled else copies)
 
     gemms = {"none": 1, "frozen": 1 + grad_outputs, "slab": 1 + hidden_grad + head_grad, "keep": 1 + hidden_grad + head_grad}
     gemms["recompute"] = 2 + hidden_grad + head_grad
-    nvd = 2 * (gemms[schedule] + (tiled and schedule in ("frozen", "slab")))
+    again = {"slab": 1, "frozen": grad_outputs}.get(schedule, 0) if tiled else 0
+    nvd = 2 * (gemms[schedule] + again)
     kept = {"frozen": rows * hidden_size * dtype.itemsize * grad_outputs, "keep": logits_bytes}.get(schedule, rows * 4)
     return Plan(
         schedule, impl, budget, slab_rows, tile_cols, tiled, nvd, scratch, 0 if schedule in ("none", "slab") else kept, tuple(reasons)

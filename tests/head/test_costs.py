@@ -90,6 +90,13 @@ def test_vocabulary_tiles_of_kept_logits_cost_nothing_more():
     assert flops(lambda: p.loss(linear_logps(p.hidden, p.weight, p.target, **request)).backward()) == 6
 
 
+@pytest.mark.parametrize(("budget", "nvd"), [(None, 2 + 4), (V * 4 * 16, 2 + 4 + 4)], ids=["whole", "tiles"])
+def test_flops_of_a_frozen_head_with_two_outputs(budget, nvd):
+    p = make(n=N, v=V, d=D, ignored=0, frozen=True, terms=("logps", "entropy"))
+    assert flops(lambda: p.loss(linear_logps(p.hidden, p.weight, p.target, outputs=("entropy",), budget=budget)).backward()) == nvd
+    assert plan.make_plan(N, V, D, head_grad=False, grad_outputs=2, budget=budget).nvd == nvd
+
+
 MEASURE = """
     import sys, torch, fastalign
     n, v, d, budget = {n}, {v}, {d}, {budget}
@@ -119,6 +126,10 @@ def growth(n, v, d, budget, loss) -> int:
 
 LOGPS = "(fastalign.linear_logps(hidden, weight, target, budget=budget).logps * c).sum()"
 SLAB = "fastalign.linear_loss(hidden, weight, target, lambda out, rows: (out.logps * c[rows]).sum(), budget=budget)"
+FROZEN = (
+    "(lambda out: (out.logps * c + out.entropy).sum())"
+    "(fastalign.linear_logps(hidden, weight.detach(), target, outputs=('entropy',), budget=budget))"
+)
 PLAIN = "((hidden @ weight.T).log_softmax(1).gather(1, target[:, None])[:, 0] * c).sum()"
 
 
@@ -131,6 +142,7 @@ def test_memory_stays_within_gradients_and_budget(n, v, d):
     allowed = 1.05 * (4 * n * d + 4 * v * d + budget)
     assert growth(n, v, d, budget, LOGPS) <= allowed
     assert growth(n, v, d, budget, SLAB) <= allowed
+    assert growth(n, v, d, budget, FROZEN) <= 1.05 * (4 * n * d * 3 + budget)
     if n == 1024:
         assert growth(n, v, d, budget, PLAIN) > 4 * allowed  # the measurement sees what it should
 
