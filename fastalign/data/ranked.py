@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -127,9 +128,8 @@ def check_scale(config: Any, where: str, score: float) -> None:
     """Raises DataError for a score outside `config.scale`."""
     low, high = config.scale
     if not low <= score <= high:
-        raise DataError(
-            f"{where}: {score:g} is outside the scale of {low:g} to {high:g}; mend the score, or data.scale_min and data.scale_max"
-        )
+        scale = f"at most {high:g}" if low == -math.inf else f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        raise DataError(f"{where}: {score:g} is outside the scale ({scale}); mend the score, or data.scale_min and data.scale_max")
 
 
 def parse_pair_with_margin(place: str, index: int, row: Row, config: ScaleConfig) -> Sequence[Example | Dropped]:

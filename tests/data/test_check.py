@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rich.text import Text
+from rows import MARKED
 from tiny import EOS, preference_rows, save_tiny, tiny_tokenizer
 
 from fastalign.data.check import check, visible
-from fastalign.data.config import DataConfig
+from fastalign.data.config import DataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.errors import ConfigError
 
@@ -27,7 +28,8 @@ def run(tmp_path: Path, rows: list[Any], tokenizer: Any = TOKENIZER, colour: boo
     samples = options.pop("samples", 3)
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=colour, color_system="standard" if colour else None, legacy_windows=False)
-    status = check(DataConfig(path=str(path), **options), tokenizer, console, samples)
+    kind = options.pop("kind", DataConfig)
+    status = check(kind(path=str(path), **options), tokenizer, console, samples)
     return status, out.getvalue()
 
 
@@ -198,3 +200,47 @@ def test_the_held_out_file_is_checked_too(tmp_path: Path) -> None:
 def test_options_are_validated(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.eval_fraction must be in \[0, 1\)"):
         run(tmp_path, preference_rows(2), eval_fraction=2.0)
+
+
+def test_masked_turns_are_dim(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "old river"}, {"role": "assistant", "content": "quiet stone"}]
+    turns += [{"role": "user", "content": "bread"}, {"role": "assistant", "content": "lamp"}]
+    tokenizer = tiny_tokenizer(chat_template=MARKED)
+    status, output = run(tmp_path, [{"messages": turns}], tokenizer, colour=True, kind=SupervisedDataConfig, assistant_only=True)
+    assert status == 0
+    assert [styles(output, text) for text in ("old river", "bread")] == [{"dim"}, {"dim"}]
+    assert [styles(output, text) for text in ("quiet stone", "lamp")] == [{"green"}, {"green"}]
+    assert styles(output, EOS) - {""} == {"bold reverse green"}, "the other one is in the table"
+    _, plain = run(tmp_path, [{"messages": turns}], tokenizer, kind=SupervisedDataConfig, assistant_only=True)
+    sample = TOKENIZER("quiet stone")["input_ids"], TOKENIZER("lamp")["input_ids"]
+    scored = sum(map(len, sample)) + 2
+    assert cells(plain, "scored")[0] == str(scored)
+    assert f", {scored} scored)" in plain
+    assert plain.endswith("ok: 1 samples\n")
+
+
+def test_labels_are_coloured_and_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "old river", "completion": text, "label": label} for text, label in ((" quiet stone", 1), (" bread", 0))]
+    status, output = run(tmp_path, rows, colour=True, kind=UnpairedDataConfig)
+    assert status == 0
+    assert (styles(output, " quiet stone"), styles(output, " bread")) == ({"green"}, {"red"})
+    _, output = run(tmp_path, rows, kind=UnpairedDataConfig)
+    assert cells(output, "desirable")[0] == cells(output, "undesirable")[0] == "1"
+    status, output = run(tmp_path, rows[:1], kind=UnpairedDataConfig)
+    assert status == 1
+    assert "all 1 completions to train on are desirable; add undesirable ones, or set data.one_class true" in output
+    assert run(tmp_path, rows[:1], kind=UnpairedDataConfig, one_class=True)[0] == 0
+
+
+def test_rankings_are_shown_from_the_best_down(tmp_path: Path) -> None:
+    row = {"prompt": "old river", "completions": [" bread", " quiet stone", " lamp"], "scores": [1, 5, 2.5]}
+    status, output = run(tmp_path, [row], colour=True, kind=RankedDataConfig)
+    assert status == 0
+    assert [styles(output, text) for text in (" quiet stone", " lamp", " bread")] == [{"green"}, {"color(3)"}, {"red"}]
+    _, output = run(tmp_path, [row], kind=RankedDataConfig)
+    assert [output.index(text) for text in ("1. of 3, score 5", "2. of 3, score 2.5", "3. of 3, score 1")] == sorted(
+        output.index(f"{k}. of 3") for k in (1, 2, 3)
+    )
+    status, output = run(tmp_path, [{**row, "scores": [1, 9, 2]}], kind=RankedDataConfig, scale_max=5.0)
+    assert status == 1
+    assert "column 'scores', entry 1: 9 is outside the scale (at most 5); mend the score, or data.scale_min" in output

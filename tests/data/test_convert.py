@@ -272,7 +272,7 @@ def test_bad_rows_are_all_named_and_nothing_is_written(tmp_path: Path) -> None:
         run(tmp_path, rows, "ratings", "pairs", scale_min=1.0, scale_max=5.0)
     message = str(error.value)
     assert "rows.jsonl: 4 rows cannot be used:" in message
-    assert "rows.jsonl:2: column 'rating': 6 is outside the scale of 1 to 5; mend the score, or data.scale_min" in message
+    assert "rows.jsonl:2: column 'rating': 6 is outside the scale (1 to 5); mend the score, or data.scale_min" in message
     assert "rows.jsonl:3: column 'rating': expected a number, got text" in message
     assert "rows.jsonl:4: column 'rating' is missing" in message
     assert "--from ratings needs 'prompt', 'completion' and 'rating'" in message
