@@ -49,8 +49,8 @@ def log1p(x):
     """log(1 + x) of 0 <= x <= 1, by the series of 2 atanh(x / (2 + x))."""
     s = x / (2.0 + x)
     s2 = s * s
-    series = 1.0 / 17.0 + 0.0 * s
-    for k in tl.static_range(15, 0, -2):
+    series = 1.0 / 15.0 + 0.0 * s
+    for k in tl.static_range(13, 0, -2):
         series = 1.0 / k + s2 * series
     return 2.0 * s * series
 

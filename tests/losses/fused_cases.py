@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from support import assert_close_to_gold
-from torch import Tensor
 
 from fastalign.losses import fused_triton
 from fastalign.losses.divergence import SCORES, alpha_divergence
@@ -59,9 +58,7 @@ class Policy:
         chance = torch.rand(3, n, generator=g)
         self.tensors = dict(zip(FLOATS, values)) | {"mask": chance[0] < 0.8, "keep": chance[1] < 0.7, "entropy_mask": chance[2] < 0.5}
         self.tensors["mask"][6:40] = False
-        for name in FLOATS:
-            self.tensors[name] = self.tensors[name].to(device)
-        self.tensors |= {name: x.to(device) for name, x in self.tensors.items()}
+        self.tensors = {name: x.to(device) for name, x in self.tensors.items()}
 
     def run(self, loss, name, chosen=OPTIONS["all"], dtype=torch.float32, **options):
         """(PolicyOutput, dL/dlogps, dL/dentropy or None) by a function."""
@@ -162,6 +159,37 @@ def check_sequences(case: Sequences, name: str, **options: Any) -> None:
         torch.testing.assert_close(x.double(), y.detach().double(), rtol=1e-5, atol=1e-4)
 
 
+def check_extremes(name: str, level: str, device: str) -> None:
+    """Log-probs of 0, ratios beyond the range of float32 and a penalty on them; the corrected one cancels, and is only finite."""
+    logps = torch.tensor([0.0, 0.0, -200.0, -200.0, 0.0, -20.0, -1e-30, -1.0], device=device)
+    old = torch.tensor([0.0, -200.0, 0.0, 0.0, -30.0, 0.0, 0.0, -1.0], device=device)
+    cu_seqlens = torch.tensor([0, 4, 4, 7, 8], device=device)
+    for advantage in (0.0, 1.0, -1.0):
+        for corrected in (False, True):
+            options = {"level": level, "ref_logps": old, "kl_coef": 0.1, "kl_correction": corrected}
+            options |= {"length": 9} if name == "dr_grpo" else {}
+            results = []
+            for loss in (fused_triton.policy_loss, policy_loss):
+                x = logps.clone().requires_grad_()
+                out = loss(name, x, old, torch.full_like(x, advantage), cu_seqlens, **options)
+                results.append((out.loss.detach(), *torch.autograd.grad(out.loss, x)))
+            assert all(x.isfinite().all() for x in results[0])
+            if not corrected:
+                torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def check_nan_is_not_hidden(device: str) -> None:
+    for name in POLICY_LOSSES:
+        one = torch.ones(1, device=device)
+        extra = {"length": 9} if name == "dr_grpo" else {}
+        out = fused_triton.policy_loss(name, float("nan") * one, one, one, torch.tensor([0, 1], device=device), **extra)
+        assert out.loss.isnan(), name
+    for name in [*PAIRED, "kto"]:
+        case = Sequences(device)
+        case.logps[0] = float("nan")
+        assert case.fused(name)[0].isnan(), name
+
+
 SEQUENCE_CASES = [
     *((name, PLAIN) for name in PAIRED),
     *(("sigmoid", {"score": score}) for score in SCORES.values()),
@@ -180,10 +208,3 @@ SEQUENCE_CASES = [
 ]
 SEQUENCE_IDS = [f"{name}{''.join('-' + key for key in options)}" for name, options in SEQUENCE_CASES]
 LEVELS = [(name, level) for name in POLICY_LOSSES for level in ("token", "sequence", "product")]
-
-
-def extremes(device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(logps, old_logps, advantages) of 8 tokens, beyond the range of float32 ratios."""
-    logps = torch.tensor([0.0, 0.0, -200.0, -200.0, 0.0, -200.0, -1e-30, -1.0], device=device)
-    old = torch.tensor([0.0, -200.0, 0.0, 0.0, -200.0, 0.0, 0.0, -1.0], device=device)
-    return [(logps, old, torch.full((8,), a, device=device)) for a in (0.0, 1.0, -1.0)]

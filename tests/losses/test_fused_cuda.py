@@ -2,11 +2,23 @@
 
 import pytest
 import torch
-from fused_cases import LEVELS, OPTIONS, PAIRED, SEQUENCE_CASES, SEQUENCE_IDS, Policy, Sequences, check_policy, check_sequences, extremes
+from fused_cases import (
+    LEVELS,
+    OPTIONS,
+    PAIRED,
+    SEQUENCE_CASES,
+    SEQUENCE_IDS,
+    Policy,
+    Sequences,
+    check_extremes,
+    check_nan_is_not_hidden,
+    check_policy,
+    check_sequences,
+)
 from fused_cases import poisoned as poisoned
 
 from fastalign.losses import fused_triton
-from fastalign.losses.policy import POLICY_LOSSES, policy_loss
+from fastalign.losses.policy import POLICY_LOSSES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,16 +43,7 @@ def test_policy_term_by_term(terms, level):
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 @pytest.mark.parametrize("level", ["token", "sequence", "product"])
 def test_policy_at_the_edges(name, level):
-    cu_seqlens = torch.tensor([0, 4, 4, 7, 8], device="cuda")
-    extra = {"length": 9} if name == "dr_grpo" else {}
-    for logps, old, a in extremes("cuda"):
-        results = []
-        for loss in (fused_triton.policy_loss, policy_loss):
-            x = logps.clone().requires_grad_()
-            out = loss(name, x, old, a, cu_seqlens, level=level, ref_logps=old, kl_coef=0.1, **extra)
-            results.append((out.loss.detach(), *torch.autograd.grad(out.loss, x)))
-        assert all(x.isfinite().all() for x in results[0])
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    check_extremes(name, level, "cuda")
 
 
 @pytest.mark.parametrize(("name", "options"), SEQUENCE_CASES, ids=SEQUENCE_IDS)
@@ -61,6 +64,10 @@ def test_the_same_bits_on_a_rerun(name):
 
     first = run()
     assert all(torch.equal(x, y) for _ in range(5) for x, y in zip(first, run()))
+
+
+def test_nan_is_not_hidden():
+    check_nan_is_not_hidden("cuda")
 
 
 @pytest.mark.parametrize("kind", ["policy", "preference"])
