@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,16 +23,17 @@ from fastalign.data.config import ScaleConfig
 from fastalign.data.examples import Dropped
 from fastalign.data.feedback import KINDS, Judgement, Kind, read_judgement
 from fastalign.data.page import Statistics, write_page
-from fastalign.data.pairing import OutputRow, Rules, Tally, rows_of
+from fastalign.data.pairing import Rules, Tally, rows_of
 from fastalign.data.report import DataReport
 from fastalign.data.sources import scan_rows
+from fastalign.data.writing import SUFFIXES, write_rows
 from fastalign.errors import ConfigError, DataError, OutputError
+
+logger = logging.getLogger(__name__)
 
 _BUCKET_BYTES = 16 << 20  # of rows that are held in memory at once
 _MOST_BUCKETS = 256
 _MOST_PROBLEMS = 1000  # bad rows after which reading stops
-_PARQUET_ROWS = 4096
-_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 
 Bar = Callable[..., None]  # bar(phase, rows, total) advances the bar of a phase
 
@@ -61,8 +64,8 @@ class ConvertConfig(Rules):
         self.source.validate()
         if not 0.0 <= self.held_out < 1.0:
             raise ConfigError(f"held_out must be in [0, 1), got {self.held_out}")
-        if Path(self.output).suffix not in _SUFFIXES:
-            raise ConfigError(f"output must end with one of {', '.join(_SUFFIXES)}, got {self.output!r}")
+        if Path(self.output).suffix not in SUFFIXES:
+            raise ConfigError(f"output must end with one of {', '.join(SUFFIXES)}, got {self.output!r}")
 
     @property
     def source(self) -> ScaleConfig:
@@ -123,11 +126,13 @@ def _convert(config: ConvertConfig, scratch: Path, bar: Bar) -> Statistics:
     written = []
     for part, path in enumerate(config.outputs):
         beside = scratch / f"done-{part}{path.suffix}"
-        _write(beside, heapq.merge(*(_lines(scratch / f"rows-{part}-{number}") for number in range(len(buckets)))), bar)
+        write_rows(beside, lambda part=part: _merged(scratch, part, len(buckets)), partial(bar, "writing"))  # type: ignore[misc]
         written.append((beside, path))
     if not statistics.rows[0]:
         reasons = ", ".join(f"{count:,}: {reason}" for reason, count in report.dropped.most_common())
         raise DataError(f"{config.data.path}: nothing is left to train on" + (f" ({reasons})" if reasons else ""))
+    if config.held_out and not statistics.rows[1]:
+        logger.warning("held_out=%g of %d prompts held none out; raise it, or convert more data", config.held_out, tally.prompts)
     page = scratch / "page.md"
     write_page(page, statistics, config)
     for beside, path in (*written, (page, config.page)):
@@ -217,49 +222,10 @@ def _lines(path: Path) -> Iterator[str]:
         yield from file
 
 
-def _write(path: Path, lines: Iterator[str], bar: Bar) -> None:
-    """The rows of sorted lines, without their keys, as JSON Lines or Parquet; on the disk when this returns."""
-    if path.suffix == ".parquet":
-        _write_parquet(path, (json.loads(line.partition(" ")[2]) for line in lines), bar)
-    else:
-        with path.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line.partition(" ")[2])
-                bar("writing", 1)
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
-
-
-def _write_parquet(path: Path, rows: Iterator[OutputRow], bar: Bar) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    writer, batch = None, []
-    try:
-        for row in rows:
-            if "tools" in row and not isinstance(row["tools"], str):
-                row["tools"] = json.dumps(row["tools"])
-            batch.append(row)
-            bar("writing", 1)
-            if len(batch) == _PARQUET_ROWS:
-                writer = _append(pa, pq, path, writer, batch)
-                batch = []
-        if batch or writer is None:
-            writer = _append(pa, pq, path, writer, batch)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowKeyError) as error:
-        raise DataError(f"{path.suffix} needs rows of one shape, and these differ ({error}); write .jsonl") from error
-    finally:
-        if writer is not None:
-            writer.close()
-
-
-def _append(pa: Any, pq: Any, path: Path, writer: Any, batch: list[OutputRow]) -> Any:
-    table = pa.Table.from_pylist(batch) if writer is None else pa.Table.from_pylist(batch, schema=writer.schema)
-    if writer is not None and (lost := {name for row in batch for name in row} - set(writer.schema.names)):
-        raise pa.ArrowKeyError(f"column {sorted(lost)[0]!r} appears late")
-    writer = writer or pq.ParquetWriter(path, table.schema)
-    writer.write_table(table)
-    return writer
+def _merged(scratch: Path, part: int, buckets: int) -> Iterator[str]:
+    """The rows of all buckets in the order of the source, without the keys that they are sorted by."""
+    for line in heapq.merge(*(_lines(scratch / f"rows-{part}-{number}") for number in range(buckets))):
+        yield line.partition(" ")[2]
 
 
 class _Progress:

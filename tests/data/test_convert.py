@@ -16,6 +16,7 @@ from tiny import preference_rows, tiny_tokenizer
 
 from fastalign import cli
 from fastalign.data import convert as module
+from fastalign.data import writing
 from fastalign.data.check import AnyDataConfig
 from fastalign.data.config import DataConfig, RankedDataConfig, UnpairedDataConfig
 from fastalign.data.convert import ConvertConfig, FeedbackSource, convert
@@ -38,6 +39,9 @@ def run(folder: Path, rows: list[Any], source: str, to: str, output: str = "out.
 
 
 def read(path: Path) -> list[Row]:
+    if path.suffix == ".parquet":
+        rows: list[Row] = pq.read_table(path).to_pylist()
+        return rows
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -242,15 +246,31 @@ def test_what_is_written_is_what_the_loaders_read(tmp_path: Path) -> None:
         assert sample.labels == (3.0, 2.0, 1.0, 0.0)
         convert(ConvertConfig(data=data, output=path, from_="ratings", to="binary", threshold=2, overwrite=True))
         assert [sample.labels for sample in load_unpaired(UnpairedDataConfig(path=path), tokenizer).samples] == [(0,), (0,), (1,), (1,)]
-        first = read(tmp_path / name)[0] if name.endswith("jsonl") else pq.read_table(path).to_pylist()[0]
-        assert first["tools"] in ([tool], json.dumps([tool])), "what the prompt was rendered with goes along"
+        assert read(tmp_path / name)[0]["tools"] in ([tool], json.dumps([tool])), "what the prompt was rendered with goes along"
 
 
 def test_parquet_needs_rows_of_one_shape(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}]
-    with pytest.raises(DataError, match=r"needs rows of one shape, and these differ .*; write .jsonl"):
+    with pytest.raises(DataError, match=r"Parquet needs rows of one shape, and these differ .*; write .jsonl"):
         run(tmp_path, rows, "pairs", "pairs", output="out.parquet")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    with pytest.raises(DataError, match=r"Parquet would give all tool calls each other's arguments, as nulls; write .jsonl"):
+        run(tmp_path, [{"prompt": [USER], "chosen": [call], "rejected": [BAD]}], "pairs", "pairs", output="out.parquet")
     assert not (tmp_path / "out.parquet").exists()
+
+
+def test_parquet_loses_no_column_that_comes_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_BATCH_ROWS", 2)
+    rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [{**BAD, "content": f"{i}"}]} for i in range(5)]
+    rows[3]["weight"] = 0.5
+    rows[4]["rejected"] = [{**BAD, "name": "late"}]
+    run(tmp_path, rows, "pairs", "pairs", output="late.jsonl")
+    found, _ = run(tmp_path, rows, "pairs", "pairs", output="late.parquet")
+    assert [row["weight"] for row in found] == [1, 1, 1, 0.5, 1]
+    assert found[4]["rejected"][0]["name"] == "late"
+    tokenizer = tiny_tokenizer()
+    both = [load_preferences(DataConfig(path=str(tmp_path / f"late.{kind}")), tokenizer).samples for kind in ("jsonl", "parquet")]
+    assert both[0] == both[1]
 
 
 def test_the_page_says_rules_counts_and_columns_that_were_left(tmp_path: Path) -> None:
@@ -359,7 +379,7 @@ def test_the_disk_being_full_is_named_and_leaves_nothing(tmp_path: Path, monkeyp
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write", full)
+    monkeypatch.setattr(module, "write_rows", full)
     with pytest.raises(OutputError, match=r"out.jsonl: cannot be written: No space left on device; free some space"):
         run(tmp_path, rated(a=4, b=1), "ratings", "pairs")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
