@@ -15,10 +15,14 @@ from tiny import preference_rows, save_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastalign import train
-from fastalign.data.config import RankedDataConfig, SupervisedDataConfig
+from fastalign.data.config import DataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.objectives.base import RunConfig
+from fastalign.objectives.cpo import SimPOConfig
 from fastalign.objectives.distill import DistillConfig
+from fastalign.objectives.dpo import DPOConfig
+from fastalign.objectives.kto import KTOConfig
+from fastalign.objectives.orpo import ORPOConfig
 from fastalign.objectives.reward import RewardConfig
 from fastalign.objectives.sft import SFTConfig
 
@@ -32,6 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files: dict[str, list[dict[str, Any]]] = {
         "pairs": pairs,
         "completions": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
+        "singles": [{"prompt": row["prompt"], "completion": row["chosen"], "label": k % 3 != 1} for k, row in enumerate(pairs)],
         "rankings": [
             {"prompt": a["prompt"], "completions": [a["chosen"], a["rejected"], b["chosen"]], "ranks": [2, 1, 3]}
             for a, b in pairwise(pairs)
@@ -63,6 +68,27 @@ ALGORITHMS: dict[str, Callable[[Path], tuple[type[RunConfig], dict[str, Any]]]] 
             "lora": LoraConfig(r=4, dropout=0.1),
         },
     ),
+    "dpo, ranks and a reference that follows": lambda f: (
+        DPOConfig,
+        {
+            "data": DataConfig(path=str(f / "pairs.jsonl"), eval_fraction=0.2),
+            "loss_type": ["sigmoid", "aot"],
+            "rpo_alpha": 0.1,
+            "sync_ref_model": True,
+            "ref_model_sync_steps": 5,
+        },
+    ),
+    "kto, adapter": lambda f: (
+        KTOConfig,
+        {
+            "data": UnpairedDataConfig(path=str(f / "singles.jsonl"), eval_fraction=0.2),
+            "lora": LoraConfig(r=4, dropout=0.1),
+            "learning_rate": 2e-2,
+        },
+    ),
+    "kto, cached": lambda f: (KTOConfig, {"data": UnpairedDataConfig(path=str(f / "singles.jsonl"), eval_fraction=0.2)}),
+    "orpo": lambda f: (ORPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"), eval_fraction=0.2)}),
+    "simpo": lambda f: (SimPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"), eval_fraction=0.2)}),
 }
 
 
