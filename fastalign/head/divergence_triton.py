@@ -365,13 +365,10 @@ def gradient_(
     assert dtype.itemsize in (x.dtype.itemsize, x.dtype.itemsize // 2), (dtype, x.dtype)
     result = x if dtype == x.dtype else x.view(dtype)[:, :columns]
     if rows:
-        mean = {"reverse_kl": "divergence", "jsd": "student_kl"}.get(kind, "")
-        scores = [found[name].contiguous() for name in ("lse", "ref_lse")]
-        needed = mean if "divergence" in coefficients else "", "entropy" if "entropy" in coefficients else ""
-        scores += [found[name].contiguous() if name else None for name in needed]
-        c = [
-            coefficients[name].float().contiguous() if name in coefficients else None for name in ("divergence", "logps", "lse", "entropy")
-        ]
+        c = [coefficients.get(name) for name in ("divergence", "logps", "lse", "entropy")]
+        mean = {"reverse_kl": found.get("divergence"), "jsd": found.get("student_kl")}.get(kind)
+        scores = (found["lse"], found["ref_lse"], None if c[0] is None else mean, None if c[3] is None else found["entropy"], *c)
+        vectors = [v if v is None else v.float().contiguous() for v in scores]
         with torch.cuda.device_of(x):
             gradient_kernel[(rows,)](
                 x,
@@ -385,8 +382,7 @@ def gradient_(
                 target.contiguous(),
                 *_maps(logits, ref_logits),
                 beta,
-                *scores,
-                *c,
+                *vectors,
                 KIND=kind,
                 **_capped(logits, ref_logits),
                 NARROW=dtype.itemsize < x.dtype.itemsize,

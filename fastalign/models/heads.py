@@ -66,7 +66,8 @@ class HeadSpec:
     def divergence(self, hidden: Tensor, teacher: HeadSpec, teacher_hidden: Tensor, **options: Any) -> Tensor:
         """`linear_divergence` of this head from a `teacher`'s with the same vocabulary; same options."""
         operands = (self._cast(hidden), self.weight, teacher._cast(teacher_hidden), teacher.weight)
-        return linear_divergence(*operands, **self._options(hidden), **teacher._as_reference(teacher_hidden), **options)
+        options = {**self._options(hidden), **teacher._as_reference(teacher_hidden), **options}
+        return linear_divergence(*operands, **options)
 
     def divergence_loss(
         self, hidden: Tensor, teacher: HeadSpec, teacher_hidden: Tensor, loss_fn: DivergenceLossFn, target: Tensor, **options: Any
