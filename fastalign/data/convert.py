@@ -203,7 +203,7 @@ def _convert_bucket(
     lines: list[list[tuple[int, str]]] = [[] for _ in files]
     for judgements in prompts.values():
         part = _part(judgements[0], config.held_out)
-        for index, row in rows_of(config.to, judgements, kind.merged, config, tally):
+        for index, row in rows_of(config.to, judgements, kind, config, tally):
             statistics.add(row, part)
             lines[part].append((index, json.dumps(row, ensure_ascii=False)))
         bar("converting", len(judgements))

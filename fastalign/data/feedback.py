@@ -53,6 +53,7 @@ class Kind:
     config: type[ScaleConfig]
     read: Callable[[Fields], Judgement | Dropped]
     merged: bool = False  # the rows of a prompt are on one scale, so that any two completions compare
+    paired: bool = False  # a row compares two completions
 
 
 def _judgement(fields: Fields, prompt: Turns, completions: list[Turns], values: list[float], scale: Scale) -> Judgement | Dropped:
@@ -172,8 +173,8 @@ KINDS = {
     "ratings": Kind(RatingsConfig, _read_ratings, merged=True),
     "binary": Kind(BinaryConfig, _read_binary, merged=True),
     "listwise": Kind(ListwiseConfig, _read_listwise),
-    "pairs": Kind(PairsConfig, _read_pair),
-    "edits": Kind(EditsConfig, _read_edit),
+    "pairs": Kind(PairsConfig, _read_pair, paired=True),
+    "edits": Kind(EditsConfig, _read_edit, paired=True),
 }
 
 

@@ -10,7 +10,7 @@ from heapq import nlargest
 from itertools import combinations
 from typing import Any, Literal
 
-from fastalign.data.feedback import Judgement, digest
+from fastalign.data.feedback import Judgement, Kind, digest
 from fastalign.data.messages import Turns
 from fastalign.data.report import DataReport
 from fastalign.errors import ConfigError, DataError
@@ -45,6 +45,12 @@ class Rules:
             raise ConfigError("--from binary --to listwise: a label says good or bad and orders nothing beyond that; use --to pairs")
         if source == "ratings" and to == "binary" and self.threshold is None:
             raise ConfigError("--from ratings --to binary needs --threshold: the rating from which a completion is desirable")
+        if to != "pairs" and (self.min_margin or self.select != "all" or self.max_pairs is not None):
+            raise ConfigError(f"min_margin, select and max_pairs go with --to pairs, not with --to {to}; leave them out")
+        if self.threshold is not None and (to != "binary" or source not in ("ratings", "listwise")):
+            raise ConfigError(
+                f"threshold goes with --from ratings or listwise --to binary, not with --from {source} --to {to}; leave it out"
+            )
         if self.reject_below is not None and (self.threshold is None or self.reject_below > self.threshold):
             raise ConfigError(f"reject_below must be at most threshold ({self.threshold}), got {self.reject_below}")
         if self.ties == "keep" and (to == "binary" or source in ("binary", "pairs", "edits")):
@@ -75,14 +81,15 @@ class Tally:
     cycle_count: int = 0
 
 
-def rows_of(to: str, judgements: Sequence[Judgement], merged: bool, rules: Rules, tally: Tally) -> list[tuple[int, OutputRow]]:
+def rows_of(to: str, judgements: Sequence[Judgement], kind: Kind, rules: Rules, tally: Tally) -> list[tuple[int, OutputRow]]:
     """The rows that the judgements on one prompt become, each with the index of the row that it comes from."""
     tally.prompts += 1
     first = judgements[0]
     head = {"prompt": first.prompt, **(first.shared or {})}
-    if merged or (to == "binary" and all(judgement.scale == "grade" for judgement in judgements)):
+    if kind.merged or (to == "binary" and all(judgement.scale == "grade" for judgement in judgements)):
         judgements = [_mean(judgements, tally)]
-    make = {"pairs": _pairs, "binary": _labels, "listwise": _rankings}[to]
+    orders = _chain if kind.paired and len(judgements) > 1 else _rankings
+    make = {"pairs": _pairs, "binary": _labels, "listwise": orders}[to]
     return [(index, {**head, **row}) for index, row in make(judgements, rules, tally)]
 
 
@@ -152,9 +159,6 @@ def _verdicts(judgements: Sequence[Judgement], rules: Rules, tally: Tally) -> It
 
 def _rankings(judgements: Sequence[Judgement], rules: Rules, tally: Tally) -> Iterator[tuple[int, OutputRow]]:
     for judgement in judgements:
-        if len(judgement.completions) == 2 and judgement.scale == "order" and len(judgements) > 1:
-            yield from _chain(judgements, rules, tally)
-            return
         order = sorted(range(len(judgement.values)), key=lambda i: -judgement.values[i])
         if rules.ties == "drop":
             kept = [i for n, i in enumerate(order) if not n or judgement.values[i] != judgement.values[order[n - 1]]]

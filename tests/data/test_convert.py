@@ -124,6 +124,8 @@ def test_lists_become_pairs_and_labels(tmp_path: Path) -> None:
     assert [(row["completion"], row["label"]) for row in labels] == [("a", False), ("b", True), ("c", True)]
     with pytest.raises(ConfigError, match="scores become labels by --threshold"):
         run(tmp_path, [scored], "listwise", "binary")
+    two = [{"prompt": "p", "completions": list(names), "ranks": [1, 2]} for names in ("ab", "bc", "ca")]
+    assert run(tmp_path, two, "listwise", "listwise")[0] == two, "lists stay apart, whatever their length"
     tied = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 1, 3]}
     assert run(tmp_path, [tied], "listwise", "pairs")[0] == [pair("a", "c"), pair("b", "c")]
     assert run(tmp_path, [tied], "listwise", "listwise")[0] == [{"prompt": "p", "completions": ["a", "c"], "ranks": [1, 2]}]
@@ -339,6 +341,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "between": ({"to": "binary", "threshold": 2.0, "reject_below": 3.0}, "reject_below must be at most threshold (2.0), got 3.0"),
     "margin": ({"min_margin": -1.0}, "min_margin must be 0 or more and finite, got -1.0"),
     "most": ({"max_pairs": 0}, "max_pairs must be at least 1, or null, got 0"),
+    "threshold_of_pairs": (
+        {"threshold": 3.0},
+        "threshold goes with --from ratings or listwise --to binary, not with --from ratings --to pairs",
+    ),
+    "margin_of_lists": (
+        {"to": "listwise", "min_margin": 1.0},
+        "min_margin, select and max_pairs go with --to pairs, not with --to listwise",
+    ),
     "ties": ({"from_": "pairs", "ties": "keep"}, "ties keep has no meaning --from pairs --to pairs"),
     "held_out": ({"held_out": 1.0}, "held_out must be in [0, 1), got 1.0"),
     "suffix": ({"output": "out.csv"}, "output must end with one of .jsonl, .ndjson, .parquet, got 'out.csv'"),
