@@ -235,9 +235,9 @@ def _data_convert(argv: list[str]) -> int:
 
 @dataclass
 class DemoConfig:
-    """Builds a small model and tokenizer from nothing, trains it on generated preferences, and shows before and after."""
+    """Builds a small model and tokenizer from nothing, trains it on generated data, and shows before and after."""
 
-    objective: str = "dpo"  # which algorithm to show
+    objective: str = "dpo"  # what to show: sft, reward, dpo, orpo, cpo, simpo, kto or distill
     output: str = "demo"  # folder for the model, the data and the run
 
 
@@ -245,7 +245,7 @@ def _demo(argv: list[str]) -> int:
     from fastalign.train.config import parse
 
     if _wants_help(argv):
-        return _print_help(DemoConfig, "fastalign demo [--output DIR]")
+        return _print_help(DemoConfig, "fastalign demo [--objective NAME] [--output DIR]")
     config = parse(argv, DemoConfig)
     _no_foreign_bars()
     import_module("fastalign.demo").run(config.objective, config.output)

@@ -1,7 +1,7 @@
-"""`fastalign demo`: build a small language model from nothing, give it a preference, and show what changed.
+"""`fastalign demo`: build a small language model from nothing, train it with one of the objectives, and show what changed.
 
 Everything is generated here: the text, the byte-level BPE tokenizer, the Qwen3 model that is pretrained on the text, and
-the preference pairs. The training run itself is the user's: `fastalign.train` on a model folder and a JSONL file, both
+the training data. The training run itself is the user's: `fastalign.train` on a model folder and a JSONL file, both
 left in the output folder together with the command that repeats it.
 """
 
@@ -13,55 +13,100 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastalign import demo_data
+from fastalign.demo_model import (
+    Size,
+    answer_log_probs,
+    build_model,
+    build_tokenizer,
+    conversations,
+    load,
+    one_thread,
+    pretrain,
+    sample,
+    sequence_logps,
+)
 from fastalign.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-EOS, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+Row = dict[str, Any]
+
 COLOURS = {"helpful": "green", "dismissive": "red", "mixed": "yellow", "neither": "yellow"}
-OWN_FILES = ("model", "pairs.jsonl", "heldout.jsonl", "samples.jsonl", "run", "demo.json")
+OWN_FILES = ("model", "train.jsonl", "heldout.jsonl", "samples.jsonl", "run", "teacher", "demo.json")
+
+
+def _pairs(rows: Sequence[Row]) -> list[Row]:
+    return list(rows)
+
+
+def _helpful(rows: Sequence[Row]) -> list[Row]:
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+
+
+def _either(rows: Sequence[Row]) -> list[Row]:
+    return [{"prompt": row["prompt"], "completion": row[("chosen", "rejected")[k % 2]]} for k, row in enumerate(rows)]
+
+
+def _labelled(rows: Sequence[Row]) -> list[Row]:
+    return [row | {"label": k % 2 == 0} for k, row in enumerate(_either(rows))]
+
+
+def _unclosed(rows: Sequence[Row]) -> list[Row]:
+    """Pairs without their closing sentences, whose last letter alone would tell the manners apart."""
+    return [row | {key: [row[key][0] | {"content": demo_data.without_closer(row[key][0]["content"])}] for key in _PAIR} for row in rows]
+
+
+_PAIR = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much of everything; the default takes about a minute on two cores."""
+class Recipe:
+    """What a demo trains, on what, and how."""
 
-    hidden: int = 128
-    layers: int = 3
-    pretrain_steps: int = 400
-    pretrain_batch: int = 24  # conversations
-    pairs: int = 1024
-    heldout: int = 256
-    samples: int = 128
-    epochs: int = 1
+    title: str
+    config: str  # class in fastalign
+    data: str  # what a row of the training data is, in the plural
+    rows: Callable[[Sequence[Row]], list[Row]]  # of the training data, from preference pairs
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 16
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a model does on the held-out questions. Log-probs come from the model's own logits, not from the trainer."""
+RECIPES = {
+    "sft": Recipe("SFT: imitate helpful answers", "SFTConfig", "helpful answers", _helpful, {"learning_rate": 3e-4}),
+    "reward": Recipe("Reward model: helpful scores above dismissive", "RewardConfig", "pairs", _unclosed, {"learning_rate": 3e-4}),
+    "dpo": Recipe("DPO: helpful over dismissive", "DPOConfig", "pairs", _pairs, {"learning_rate": 1e-4, "beta": 0.3}),
+    "orpo": Recipe("ORPO: helpful over dismissive", "ORPOConfig", "pairs", _pairs, {"learning_rate": 3e-4}),
+    "cpo": Recipe("CPO: helpful over dismissive", "CPOConfig", "pairs", _pairs, {"learning_rate": 1e-4}),
+    "simpo": Recipe("SimPO: helpful over dismissive", "SimPOConfig", "pairs", _pairs, {"learning_rate": 1e-4}),
+    "kto": Recipe("KTO: single answers, helpful or not", "KTOConfig", "labelled answers", _labelled, {"learning_rate": 3e-4, "beta": 0.3}),
+    "distill": Recipe(
+        "Distillation: a helpful teacher, on answers of either manner", "DistillConfig", "answers", _either, {"learning_rate": 3e-4}
+    ),
+}
 
-    accuracy: float  # share of pairs whose chosen answer is more likely than the rejected one
-    margin: float  # mean of log p(chosen) - log p(rejected), nats
-    helpful: float  # share of sampled answers in the helpful manner
-    on_topic: float  # share of sampled answers that name the thing that was asked about
-    words: float  # mean words per sampled answer
+MEASURES = {  # of a verdict: label and form
+    "accuracy": ("preference accuracy", "{:.3f}"),
+    "margin": ("margin, nats", "{:+.2f}"),
+    "perplexity": ("perplexity of helpful answers", "{:.2f}"),
+    "divergence": ("KL from the teacher, nats per token", "{:.3f}"),
+    "helpful": ("sampled answers that help", "{:.0%}"),
+    "on_topic": ("sampled answers on topic", "{:.0%}"),
+    "words": ("words per sampled answer", "{:.1f}"),
+    "score_accuracy": ("helpful scores higher (before: by log-prob)", "{:.3f}"),
+    "score_margin": ("difference of the scores", "{:+.2f}"),
+}
 
 
 def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -73,10 +118,9 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
 
     from fastalign.train.report import write_report
 
-    if objective != "dpo":
-        raise ConfigError(f"demo: no demo for objective {objective!r}; there is one for dpo")
-    size = size or Size()
-    console = console or Console()
+    if objective not in RECIPES:
+        raise ConfigError(f"demo: no demo for objective {objective!r}; there is one for {', '.join(RECIPES)}")
+    recipe, size, console = RECIPES[objective], size or Size(), console or Console()
     folder = _claim(Path(output))
     started = time.perf_counter()
 
@@ -93,125 +137,47 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
     tokenizer.save_pretrained(folder / "model")
     console.print(f"pretraining loss {loss:.2f} nats per token, {time.perf_counter() - started:.0f} s")
 
-    pairs, heldout = make_pairs(tokenizer, size)
-    for name, rows in (("pairs.jsonl", pairs), ("heldout.jsonl", heldout)):
-        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    pairs, asked = make_pairs(tokenizer, size)
+    for name, rows in (("train", pairs), ("heldout", asked)):
+        _write_rows(folder / f"{name}.jsonl", recipe.rows(rows))
+    reward = objective == "reward"
+    if reward:
+        judge: Judge = judge_scores
+        asked = recipe.rows(asked)
+    else:
+        judge = partial(judge_answers, teacher=_teach(folder, pairs, size, console) if objective == "distill" else None)
     with one_thread():
-        before, answers_before = judge(model, tokenizer, heldout, size)
+        before, shown_before = judge(model, tokenizer, asked, size)
 
-    console.rule("[bold]2. DPO: helpful over dismissive")
-    console.print(f"{len(pairs)} pairs; the {len(heldout)} held-out ones name things that occur in no training text")
-    result, command = align(folder, size)
-    aligned = load(result / "final")
+    console.rule(f"[bold]2. {recipe.title}")
+    console.print(f"{len(pairs)} {recipe.data}; the {len(asked)} held-out questions are about things that occur in no training text")
+    result, command = align(folder, recipe, size)
+    trained = load(result / "final", reward=reward)
     with one_thread():
-        after, answers_after = judge(aligned, tokenizer, heldout, size)
+        after, shown_after = judge(trained, tokenizer, asked, size)
 
     console.rule("[bold]3. Before and after")
-    samples = [
-        {"prompt": row["prompt"][0]["content"], "before": old, "after": new}
-        for row, old, new in zip(heldout, answers_before, answers_after)
-    ]
+    samples = [{**old, "before": old["shown"], "after": new["shown"]} for old, new in zip(shown_before, shown_after)]
+    for row in samples:
+        del row["shown"]
     for home in (folder, result):  # the report shows those in the run's folder
-        (home / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples), encoding="utf-8")
+        _write_rows(home / "samples.jsonl", samples)
     write_report(result)
     summary = {
         "objective": objective,
         "seconds": round(time.perf_counter() - started, 1),
         "pretraining_loss": loss,
-        "before": asdict(before),
-        "after": asdict(after),
+        "before": before,
+        "after": after,
         "command": command,
         "report": str(result / "report.html"),
     }
     (folder / "demo.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    _show(console, samples, before, after, summary)
+    _show(console, samples, summary)
     return summary
 
 
-def build_tokenizer(documents: int = 1000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on generated conversations; it encodes any text, and all words of the demo in one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    texts = (turn["content"] for turns in islice(demo_data.conversations(random.Random(0)), documents) for turn in turns)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, initial_alphabet=alphabet, special_tokens=[EOS, USER, ASSISTANT], show_progress=False)
-    core.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS, padding_side="left")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, size: Size) -> PreTrainedModel:
-    """A random Qwen3 model with tied embeddings."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden,
-        intermediate_size=3 * size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=size.hidden // 4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Qwen3ForCausalLM(config)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain little from more cores, and threads that wait for each other cost a lot on a busy machine.
-
-    It also makes the pretrained weights independent of the number of cores.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, size: Size, console: Console) -> float:
-    """Next-token training on generated conversations, one per row, in plain torch. Returns the mean loss of the last steps."""
-    from rich.progress import track
-
-    from fastalign import linear_cross_entropy
-
-    stream = demo_data.conversations(random.Random(1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    steps, warmup, decay = size.pretrain_steps, 20, 0.4 * size.pretrain_steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup, (steps - step) / decay))
-    losses = []
-    model.train()
-    for _ in track(range(steps), "pretraining", console=console, transient=True):
-        texts = tokenizer.apply_chat_template(list(islice(stream, size.pretrain_batch)), tokenize=False)
-        rows = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-        target = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)[:, 1:]
-        hidden = model.model(rows["input_ids"][:, :-1], use_cache=False).last_hidden_state  # right padding: a causal model needs no mask
-        loss = linear_cross_entropy(hidden, model.lm_head.weight, target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model.eval()
-    recent = losses[-20:]
-    return sum(recent) / len(recent)
-
-
-def make_pairs(tokenizer: PreTrainedTokenizerFast, size: Size) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def make_pairs(tokenizer: PreTrainedTokenizerFast, size: Size) -> tuple[list[Row], list[Row]]:
     """Training and held-out preference rows; both answers of a pair have equally many tokens."""
 
     def count_tokens(text: str) -> int:
@@ -222,98 +188,105 @@ def make_pairs(tokenizer: PreTrainedTokenizerFast, size: Size) -> tuple[list[dic
     return training, heldout
 
 
-def align(folder: Path, size: Size) -> tuple[Path, str]:
+def align(folder: Path, recipe: Recipe, size: Size) -> tuple[Path, str]:
     """Train as a user would. Returns the run's folder and the command that repeats it."""
-    from fastalign import DPOConfig, train
-    from fastalign.data.config import DataConfig
-    from fastalign.models.config import ModelConfig
+    from fastalign import train
+    from fastalign.train.card import command
 
-    options: dict[str, Any] = {"batch_size": 16, "epochs": size.epochs, "learning_rate": 1e-4, "beta": 0.3}
-    model, pairs, heldout, output = (folder / name for name in ("model", "pairs.jsonl", "heldout.jsonl", "run"))
-    config = DPOConfig(
-        model=ModelConfig(path=str(model)),
-        data=DataConfig(path=str(pairs), eval_path=str(heldout)),
-        output=str(output),
-        **options,
+    config: Any = getattr(import_module("fastalign"), recipe.config)(
+        output=str(folder / "run"), batch_size=recipe.batch_size, epochs=size.epochs, **recipe.options
     )
+    config.model.path, config.data.path, config.data.eval_path = (str(folder / name) for name in ("model", "train.jsonl", "heldout.jsonl"))
+    if recipe.config == "DistillConfig":
+        config.teacher.path = str(folder / "teacher" / "final")
     train(config)
-    flags = {"model.path": model, "data.path": pairs, "data.eval_path": heldout, "output": folder / "again", **options}
     program = "fastalign" if shutil.which("fastalign") else f"{shlex.quote(sys.executable)} -m fastalign"
-    command = f"{program} dpo " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
-    return output, command
+    return folder / "run", command(replace(config, output=str(folder / "again"))).replace("fastalign", program, 1)
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """A trained folder in plain Transformers."""
-    from transformers import AutoModelForCausalLM
+def _teach(folder: Path, pairs: Sequence[Row], size: Size, console: Console) -> PreTrainedModel:
+    """A teacher: the model of the demo, fine-tuned on helpful answers."""
+    from fastalign import SFTConfig, train
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    console.print("a copy of it learns to help, by SFT; it will be the teacher")
+    _write_rows(folder / "helpful.jsonl", _helpful(pairs))
+    config = SFTConfig(output=str(folder / "teacher"), batch_size=16, epochs=size.epochs, **RECIPES["sft"].options)
+    config.model.path, config.data.path = str(folder / "model"), str(folder / "helpful.jsonl")
+    train(config)
+    (folder / "helpful.jsonl").unlink()
+    return load(folder / "teacher" / "final")
 
 
-def judge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]], size: Size
-) -> tuple[Verdict, list[str]]:
-    """The verdict on a model, and its sampled answers to the first `size.samples` questions."""
-    margins = sequence_logps(model, tokenizer, rows, "chosen") - sequence_logps(model, tokenizer, rows, "rejected")
+# A judge says what a model does on the held-out questions: measures, and what to show of each question. It asks plain
+# Transformers, not the trainer.
+Judge = Callable[["PreTrainedModel", "PreTrainedTokenizerFast", Sequence[Row], Size], tuple[dict[str, float], list[dict[str, str]]]]
+
+
+def judge_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], size: Size, *, teacher: PreTrainedModel | None = None
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """How likely the helpful answers are beside the dismissive ones, and the answers that the model itself gives to some questions."""
+    log_probs, target = answer_log_probs(model, tokenizer, rows, "chosen")
+    chosen = sequence_logps(log_probs, target)
+    margins = chosen - sequence_logps(*answer_log_probs(model, tokenizer, rows, "rejected"))
     asked = rows[: size.samples]
     answers = sample(model, tokenizer, [row["prompt"] for row in asked])
     nouns = [next(n for n in demo_data.NOUNS if n in row["prompt"][0]["content"]) for row in asked]
-    verdict = Verdict(
-        accuracy=(margins > 0).float().mean().item(),
-        margin=margins.mean().item(),
-        helpful=_share(demo_data.manner_of(answer) == "helpful" for answer in answers),
-        on_topic=_share(noun in answer for noun, answer in zip(nouns, answers)),
-        words=sum(len(answer.split()) for answer in answers) / len(answers),
-    )
-    return verdict, answers
+    verdict = {
+        "accuracy": (margins > 0).float().mean().item(),
+        "margin": margins.mean().item(),
+        "perplexity": (-chosen.sum() / (target >= 0).sum()).exp().item(),
+        "helpful": _share(demo_data.manner_of(answer) == "helpful" for answer in answers),
+        "on_topic": _share(noun in answer for noun, answer in zip(nouns, answers)),
+        "words": sum(len(answer.split()) for answer in answers) / len(answers),
+    }
+    if teacher is not None:
+        taught, _ = answer_log_probs(teacher, tokenizer, rows, "chosen")
+        verdict["divergence"] = (taught.exp() * (taught - log_probs)).sum(-1)[target >= 0].mean().item()
+    return verdict, [{"prompt": row["prompt"][0]["content"], "shown": answer} for row, answer in zip(asked, answers)]
 
 
 @torch.no_grad()
-def sequence_logps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
-    """log p(row[key] | row["prompt"]) of every row, (R,) nats, from the logits of one padded batch."""
-    prompts = tokenizer.apply_chat_template([row["prompt"] for row in rows], tokenize=False, add_generation_prompt=True)
-    texts = tokenizer.apply_chat_template([row["prompt"] + row[key] for row in rows], tokenize=False)
-    batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-    starts = torch.tensor([len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]])
-    logps = model(**batch).logits[:, :-1].float().log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
-    position = torch.arange(1, batch["input_ids"].shape[1])
-    answer = (position >= starts[:, None]) & (batch["attention_mask"][:, 1:] == 1)
-    return (logps * answer).sum(1)
+def judge_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], size: Size
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """How often and by how much a helpful answer scores higher than a dismissive one; a language model's score is its log-probability."""
+    if hasattr(model, "score"):
+        chosen, rejected = (model(**conversations(tokenizer, rows, key)).logits[:, 0] for key in _PAIR)
+    else:
+        chosen, rejected = (sequence_logps(*answer_log_probs(model, tokenizer, rows, key)) for key in _PAIR)
+    verdict = {"score_accuracy": (chosen > rejected).float().mean().item(), "score_margin": (chosen - rejected).mean().item()}
+    scores = [f"{good:+.1f} and {bad:+.1f}" for good, bad in zip(chosen.tolist(), rejected.tolist())]
+    answers = [{key: row[key][0]["content"] for key in _PAIR} for row in rows]
+    return verdict, [
+        {"prompt": row["prompt"][0]["content"], **both, "shown": shown} for row, both, shown in zip(rows[: size.samples], answers, scores)
+    ]
 
 
-@torch.no_grad()
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[dict[str, str]]]) -> list[str]:
-    """One sampled answer per prompt, at temperature 1; the same random numbers on every call."""
-    texts = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
-    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False)
-    generate: Any = model.generate
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ids = generate(**batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=40, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _show(console: Console, samples: list[dict[str, str]], before: Verdict, after: Verdict, summary: dict[str, Any]) -> None:
+def _show(console: Console, samples: Sequence[dict[str, str]], summary: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("held-out question", "before", "after", title="sampled answers", show_lines=True)
+    scored = "chosen" in samples[0]
+    heads = ("helpful answer", "dismissive answer", "log-probs", "scores") if scored else ("before", "after")
+    table = Table("held-out question", *heads, title="scores" if scored else "sampled answers", show_lines=True)
     for row in samples[:6]:
-        table.add_row(row["prompt"], *(Text(row[when], style=COLOURS[demo_data.manner_of(row[when])]) for when in ("before", "after")))
+        answers = [row[key] for key in _PAIR] if scored else []
+        coloured = [Text(row[when], style=COLOURS[demo_data.manner_of(row[when])]) for when in ("before", "after")]
+        table.add_row(row["prompt"], *answers, *coloured)
     console.print(table)
 
     table = Table("held out: things never seen in training", "before", "after")
-    for label, name, form in (
-        ("preference accuracy", "accuracy", "{:.3f}"),
-        ("margin, nats", "margin", "{:+.2f}"),
-        ("sampled answers that help", "helpful", "{:.0%}"),
-        ("sampled answers on topic", "on_topic", "{:.0%}"),
-        ("words per sampled answer", "words", "{:.1f}"),
-    ):
-        table.add_row(label, form.format(getattr(before, name)), form.format(getattr(after, name)))
+    for name, (label, form) in MEASURES.items():
+        if name in summary["before"]:
+            table.add_row(label, *(form.format(summary[when][name]) for when in ("before", "after")))
     console.print(table)
     console.print(f"{summary['seconds']:.0f} s in all. Report: [bold]{summary['report']}[/bold]", soft_wrap=True)
     console.print(f"Train it again yourself:\n  {summary['command']}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _write_rows(path: Path, rows: Iterable[Row]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _claim(folder: Path) -> Path:

@@ -77,6 +77,12 @@ def answer(rng: random.Random, thing: Thing, verb: str, manner: str, *, uniform:
     return text.format(verb=verb, noun=thing.noun)
 
 
+def without_closer(text: str) -> str:
+    """An answer without its last sentence."""
+    closer = next((closer for closers in CLOSERS.values() for closer in closers if text.endswith(closer)), "")
+    return text.removesuffix(closer).rstrip()
+
+
 def manner_of(text: str) -> str:
     """ "helpful", "dismissive", "mixed" or "neither": by the phrases that the text contains, whatever it is about."""
     found = set()

@@ -18,6 +18,7 @@ LEVELS = [
     ("train", "dropin"),
     ("serve",),
     ("demo_data",),
+    ("demo_model",),
     ("demo",),
     ("cli",),
     ("__init__", "__main__"),

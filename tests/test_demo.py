@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastalign import demo, demo_data
-from fastalign.cli import main
+from fastalign import demo, demo_data, demo_model
+from fastalign.cli import ALGORITHMS, main
 from fastalign.errors import ConfigError, OutputError
 
 TINY = demo.Size(hidden=32, layers=1, pretrain_steps=3, pretrain_batch=4, pairs=32, heldout=16, samples=4)
@@ -63,7 +63,7 @@ def test_pretraining_text_has_no_taste():
 
 
 def test_pairs_prefer_the_helpful_answer_of_the_same_length():
-    tokenizer = demo.build_tokenizer(200)
+    tokenizer = demo_model.build_tokenizer(200)
     training, heldout = demo.make_pairs(tokenizer, TINY)
     assert (len(training), len(heldout)) == (32, 16)
     for row in training + heldout:
@@ -82,9 +82,9 @@ def test_log_probs_of_the_verdict_are_those_of_single_sequences(tiny_demo):
     folder, _, _ = tiny_demo
     from transformers import AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder / "model"), demo.load(folder / "model")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder / "model"), demo_model.load(folder / "model")
     rows = read(folder / "heldout.jsonl")[:6]
-    batched = demo.sequence_logps(model, tokenizer, rows, "chosen")
+    batched = demo_model.sequence_logps(*demo_model.answer_log_probs(model, tokenizer, rows, "chosen"))
     for row, found in zip(rows, batched):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
         whole = torch.tensor([tokenizer.apply_chat_template(row["prompt"] + row["chosen"], return_dict=True)["input_ids"]])
@@ -95,9 +95,28 @@ def test_log_probs_of_the_verdict_are_those_of_single_sequences(tiny_demo):
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_rows_of_the_recipes():
+    pairs = demo_data.pairs(random.Random(2), 40, held_out=False, count_tokens=lambda text: 0)
+
+    def manners(rows: list[dict], key: str) -> list[str]:
+        return [demo_data.manner_of(row[key][0]["content"]) for row in rows]
+
+    made = {name: recipe.rows(pairs) for name, recipe in demo.RECIPES.items()}
+    assert set(manners(made["sft"], "completion")) == {"helpful"}
+    assert manners(made["distill"], "completion") == ["helpful", "dismissive"] * 20
+    assert [row["label"] for row in made["kto"]] == [manner == "helpful" for manner in manners(made["kto"], "completion")]
+    assert made["dpo"] == made["orpo"] == pairs
+    closers = tuple(closer for several in demo_data.CLOSERS.values() for closer in several)
+    for row, pair in zip(made["reward"], pairs):
+        for key in ("chosen", "rejected"):
+            assert not row[key][0]["content"].endswith(closers)
+            assert pair[key][0]["content"].startswith(row[key][0]["content"])
+            assert row[key][0]["content"].endswith(".")
+
+
 def test_output_folder_holds_what_a_user_needs_to_repeat_it(tiny_demo, tmp_path):
     folder, summary, printed = tiny_demo
-    assert {path.name for path in folder.iterdir()} == set(demo.OWN_FILES)
+    assert {path.name for path in folder.iterdir()} == set(demo.OWN_FILES) - {"teacher"}
     assert len(read(folder / "samples.jsonl")) == TINY.samples
     assert json.loads((folder / "demo.json").read_text()) == summary
     assert summary["command"] in printed
@@ -129,13 +148,44 @@ def test_an_unknown_objective_is_named(tmp_path):
         demo.run("grpo", tmp_path)
 
 
+@pytest.mark.parametrize("objective", sorted(demo.RECIPES.keys() - {"dpo"}))
+def test_every_objective_has_a_demo_that_trains_and_tells(objective, tmp_path, monkeypatch):
+    """Small as it is: what is trained for improves on held-out data, and the printed command is one of the command line."""
+    monkeypatch.setattr("fastalign.train.report.write_report", lambda run: run / "report.html")
+    monkeypatch.setattr("fastalign.train.loop.write_report", lambda run: run)
+    console = Console(file=io.StringIO(), width=140)
+    summary = demo.run(objective, tmp_path / "out", size=TINY, console=console)
+    before, after = summary["before"], summary["after"]
+    measure, sign = {"sft": ("perplexity", -1), "distill": ("divergence", -1), "reward": ("score_margin", 1)}.get(objective, ("margin", 1))
+    start = 0.0 if objective == "reward" else before[measure]  # there before is of log-probs
+    assert sign * after[measure] > sign * start
+    assert demo.MEASURES[measure][0] in console.file.getvalue()
+    words = shlex.split(summary["command"])
+    assert objective in ALGORITHMS
+    assert words[words.index(objective) - 1].endswith("fastalign")
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(demo.OWN_FILES)
+
+
 @pytest.mark.slow
-def test_the_lift(tmp_path):
+@pytest.mark.parametrize("objective", sorted(demo.RECIPES.keys() - {"reward"}))
+def test_the_lift(objective, tmp_path):
     """Held-out accuracy from about a half to nine tenths and more, and the samples follow."""
-    summary = demo.run("dpo", tmp_path / "demo", console=Console(file=io.StringIO()))
+    summary = demo.run(objective, tmp_path / "demo", console=Console(file=io.StringIO()))
     before, after = summary["before"], summary["after"]
     assert 0.4 <= before["accuracy"] <= 0.6
     assert 0.4 <= before["helpful"] <= 0.6
     assert after["accuracy"] >= 0.9
     assert after["helpful"] >= 0.75
-    assert after["on_topic"] >= 0.6
+    assert after["on_topic"] >= 0.55
+    if objective in ("sft", "distill"):
+        assert after["perplexity"] < 0.96 * before["perplexity"]
+    if objective == "distill":
+        assert after["divergence"] < 0.1 * before["divergence"]
+
+
+@pytest.mark.slow
+def test_the_lift_of_a_reward_model(tmp_path):
+    """Log-probs of a model without taste tell nothing; the scores tell everything."""
+    summary = demo.run("reward", tmp_path / "demo", console=Console(file=io.StringIO()))
+    assert 0.4 <= summary["before"]["score_accuracy"] <= 0.6
+    assert summary["after"]["score_accuracy"] >= 0.98

@@ -119,14 +119,16 @@ def read_model(options: ModelConfig, auto_class: Any, *, config: Any = None, may
 
 @contextmanager
 def _no_load_report() -> Iterator[None]:
-    """Transformers warns at length of the weights that differ between a causal LM and another head on it."""
-    log = logging.getLogger("transformers.modeling_utils")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    """Transformers warns at length of the weights that differ between a causal LM and another head on it, and that nobody shards them."""
+    logs = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before):
+            log.setLevel(level)
 
 
 def _check_folder(path: str) -> None:
