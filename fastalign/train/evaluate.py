@@ -100,7 +100,8 @@ class Evaluated:
     path: str  # folder or hub name that load_model takes
     start: str | None = None  # the model that training started from
     beta: float | None = None
-    loss_type: str | None = None
+    loss_type: str | None = None  # where it is one of PREFERENCE_LOSSES, and the only one
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def _of_pairs(config: EvalConfig, found: Evaluated, reference: str | None) -> Figures:
     beta = config.beta or found.beta or 0.1
-    loss_type = config.loss_type or (found.loss_type if found.loss_type in PREFERENCE_LOSSES else "sigmoid")
+    loss_type = config.loss_type or found.loss_type or "sigmoid"
     policy = _load(config, found.path)
     tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
     data = load_preferences(_options_for(DataConfig, config.data), tokenizer, vocab_size=head_spec(policy).weight.shape[0])
@@ -152,7 +153,7 @@ def _of_pairs(config: EvalConfig, found: Evaluated, reference: str | None) -> Fi
     gc.collect()  # the policy makes room before the reference comes
     ref_logps = _pair_logps(config, _load_reference(config, reference), samples, "reference") if reference else None
     lengths = torch.tensor([sample.scored for sample in samples]).clamp(min=1)
-    values = preference_figures(logps, ref_logps, lengths, beta=beta, loss_type=loss_type)
+    values = preference_figures(logps, ref_logps, lengths, beta=beta, loss_type=loss_type, label_smoothing=found.label_smoothing)
     if ref_logps is None:
         return Figures(values)
     values |= {"beta": beta, "loss_type": loss_type}
@@ -259,7 +260,10 @@ def locate(path: str) -> Evaluated:
         if not (folder / "final").is_dir():
             raise ModelError(f"{path}: the run has no final/ yet; finish it with --resume --output {path}")
         start = (options.get("lora") or {}).get("adapter") or (options.get("model") or {}).get("path")
-        return Evaluated(str(folder / "final"), start, options.get("beta"), options.get("loss_type"))
+        names = options.get("loss_type")
+        name = names[0] if isinstance(names, list) and len(names) == 1 else names
+        loss_type = name if isinstance(name, str) and name in PREFERENCE_LOSSES else None
+        return Evaluated(str(folder / "final"), start, options.get("beta"), loss_type, options.get("label_smoothing") or 0.0)
     if (folder / "adapter_config.json").is_file():
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return Evaluated(path, adapter.get("base_model_name_or_path"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from itertools import combinations
@@ -13,6 +14,7 @@ from torch.nn.functional import softplus
 
 from fastalign.losses import PREFERENCE_LOSSES
 
+_EXO_SMOOTHING = 1e-3  # its loss is infinite without
 BINS = 10  # of confidence, from a half to one
 
 
@@ -23,6 +25,7 @@ def preference_figures(
     *,
     beta: float,
     loss_type: str,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Any]:
     """Means over the pairs, under TRL's names, and the accuracies with Wilson's 95 % interval.
 
@@ -37,10 +40,11 @@ def preference_figures(
     means |= {"logps/chosen_per_token": per_token[:, 0], "logps/rejected_per_token": per_token[:, 1]}
     calibrated: dict[str, Any] = {}
     if ref_logps is not None:
-        options: dict[str, Any] = {"beta": beta}
-        if loss_type in ("ipo", "sigmoid_norm"):
-            options |= {"chosen_lengths": lengths[:, 0], "rejected_lengths": lengths[:, 1]}
-        outcome = PREFERENCE_LOSSES[loss_type](logps[:, 0], logps[:, 1], ref_logps[:, 0], ref_logps[:, 1], **options)
+        loss, options = PREFERENCE_LOSSES[loss_type], {"beta": beta, "chosen_lengths": lengths[:, 0], "rejected_lengths": lengths[:, 1]}
+        options["label_smoothing"] = label_smoothing or (_EXO_SMOOTHING if loss_type == "exo_pair" else 0.0)
+        taken = inspect.signature(loss).parameters
+        own = {name: value for name, value in options.items() if name in taken}
+        outcome = loss(logps[:, 0], logps[:, 1], ref_logps[:, 0], ref_logps[:, 1], **own)
         rewards = torch.stack([outcome.chosen_rewards, outcome.rejected_rewards], 1)
         accuracies = {"rewards/accuracies": rewards, **accuracies}
         means = {

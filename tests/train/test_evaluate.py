@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastalign import cli
 from fastalign.errors import ConfigError, ModelError
+from fastalign.losses import PREFERENCE_LOSSES
 from fastalign.models.config import ModelConfig
 from fastalign.models.save import save_final
 from fastalign.models.value_head import load_reward_model
@@ -104,6 +106,23 @@ def test_a_run_brings_its_start_its_beta_and_its_loss(work: Path, tmp_path: Path
     assert (result["beta"], result["loss_type"], result["reference"]) == (0.5, "ipo", str(work / "start"))
     assert {**result, "model": "", "seconds": 0} == {**again, "model": "", "seconds": 0}
     assert evaluate(config(work, str(run), reference="none"))["reference"] is None
+
+
+@pytest.mark.parametrize("loss_type", sorted(PREFERENCE_LOSSES))
+def test_the_loss_of_every_type_can_be_told(loss_type: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logps, ref_logps = (-10 * torch.rand(6, 2, generator=generator) for _ in range(2))
+    lengths = torch.randint(1, 9, (6, 2), generator=generator)
+    loss = preference_figures(logps, ref_logps, lengths, beta=0.5, loss_type=loss_type)["loss"]
+    smoothed = preference_figures(logps, ref_logps, lengths, beta=0.5, loss_type=loss_type, label_smoothing=0.2)["loss"]
+    assert math.isfinite(loss)
+    assert (smoothed != loss) == ("label_smoothing" in inspect.signature(PREFERENCE_LOSSES[loss_type]).parameters)
+
+
+def test_a_run_of_several_losses_is_told_by_sigmoid(work: Path, tmp_path: Path) -> None:
+    found = locate(str(finished_run(tmp_path / "run", work, loss_type=["sigmoid", "sft"], label_smoothing=0.1)))
+    assert (found.loss_type, found.label_smoothing) == (None, 0.1)
+    assert locate(str(finished_run(tmp_path / "other", work, loss_type=["hinge"]))).loss_type == "hinge"
 
 
 def test_an_adapter_is_compared_with_its_base(work: Path, tmp_path: Path) -> None:
