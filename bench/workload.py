@@ -83,3 +83,12 @@ def write_pairs(path: Path, pairs: int, shape: Shape, *, seed: int = 0) -> Path:
             row |= {"chosen": words(shape.completion_words), "rejected": words(shape.completion_words)}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def write_single(path: Path, rows: int, shape: Shape, *, seed: int = 0) -> Path:
+    """`rows` answers of random words, every other one desirable."""
+    pairs = [json.loads(line) for line in write_pairs(path, rows, shape, seed=seed).read_text(encoding="utf-8").splitlines()]
+    with path.open("w", encoding="utf-8") as file:
+        for k, row in enumerate(pairs):
+            file.write(json.dumps({"prompt": row["prompt"], "completion": row["chosen"], "label": k % 2 == 0}) + "\n")
+    return path

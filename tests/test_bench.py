@@ -6,10 +6,10 @@ import csv
 
 import pytest
 
-from bench import dpo
+from bench import training
 from bench.__main__ import main
-from bench.dpo_sides import Recording
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
+from bench.training_sides import Recording
 from bench.workload import QUICK, write_pairs
 
 RECORD = Recording(
@@ -24,7 +24,7 @@ RECORD = Recording(
 
 
 def test_throughput_leaves_out_the_first_steps_and_counts_the_reference():
-    found = dpo.Measurement.of(RECORD, "full", "fastalign", 0)
+    found = training.Measurement.of(RECORD, "full", "fastalign", 0)
     assert found.tokens == 700
     assert found.tokens_per_second_steps_only == 125.0  # 500 tokens in the 4 s after step 2
     assert found.tokens_per_second == 100.0  # 4/500 s per token of the steps, 1.4/700 s per token of the reference
@@ -32,9 +32,9 @@ def test_throughput_leaves_out_the_first_steps_and_counts_the_reference():
 
 
 def test_page_says_where_fastalign_is_behind():
-    ours = dpo.Measurement.of(RECORD, "full", "fastalign", 0)
+    ours = training.Measurement.of(RECORD, "full", "fastalign", 0)
     faster = Recording(**{**vars(RECORD), "ends": [10.0, 11.0, 11.5, 12.0], "rss_peak": 980.0})
-    page = dpo.page([ours, dpo.Measurement.of(faster, "full", "trl_default", 0)], QUICK, "python -m bench dpo")
+    page = training.page("dpo", [ours, training.Measurement.of(faster, "full", "trl_default", 0)], QUICK, "python -m bench dpo")
     behind = page.split("Where fastalign is behind: ")[1]
     assert "full, tokens/s: 100 against 250" in behind
     assert "memory" not in behind
@@ -45,11 +45,11 @@ def test_page_says_where_fastalign_is_behind():
 
 def test_no_speed_for_a_wrong_answer(tmp_path, monkeypatch):
     losses = {"fastalign": [0.693, 0.5, 0.4, 0.3], "trl": [0.693, 0.5, 0.4, 0.3001]}
-    monkeypatch.setattr(dpo, "run", lambda folder, spec: Recording(losses=losses[spec.side]))
+    monkeypatch.setattr(training, "run", lambda folder, spec: Recording(losses=losses[spec.side]))
     with pytest.raises(SystemExit, match="losses differ"):
-        dpo.check_losses(tmp_path, tmp_path, tmp_path, None)
+        training.check_losses("dpo", tmp_path, tmp_path, tmp_path, None)
     losses["trl"][3] = 0.300001
-    dpo.check_losses(tmp_path, tmp_path, tmp_path, None)
+    training.check_losses("dpo", tmp_path, tmp_path, tmp_path, None)
 
 
 def test_peak_memory_is_of_what_came_after_the_reset():
@@ -67,7 +67,7 @@ def test_peak_memory_is_of_what_came_after_the_reset():
 
 def test_unknown_benchmark_is_refused(capsys):
     assert main(["nonsense"]) == 2
-    assert "usage: python -m bench {dpo,head}" in capsys.readouterr().err
+    assert "usage: python -m bench {head,dpo,kto,orpo,simpo}" in capsys.readouterr().err
 
 
 def test_pairs_are_the_same_on_every_call(tmp_path):

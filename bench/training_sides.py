@@ -1,4 +1,4 @@
-"""One training run of one side, in a process of its own: `python -m bench.dpo_sides SPEC.json` writes the spec's `result` file.
+"""One training run of one side, in a process of its own: `python -m bench.training_sides SPEC.json` writes the spec's `result` file.
 
 Both sides are called as a user would call them. What is timed:
     steps      from the end of one optimizer step to the end of the next, data loading and logging included
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,55 @@ STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True)
+class Task:
+    """One algorithm on both sides."""
+
+    title: str
+    config: str  # of fastalign
+    trl: tuple[str, str, str]  # module, trainer, config
+    beta: float
+    options: dict[str, Any] = field(default_factory=dict)  # of TRL's config, to mean the same
+    same: dict[str, Any] = field(default_factory=dict)  # of ours where both sides must agree to rounding
+    single: bool = False  # completions with a label, not pairs
+    reference: bool = True
+
+
+TASKS = {
+    "dpo": Task("DPO", "DPOConfig", ("trl", "DPOTrainer", "DPOConfig"), 0.1),
+    "kto": Task(
+        "KTO",
+        "KTOConfig",
+        ("trl", "KTOTrainer", "KTOConfig"),
+        0.1,
+        options={"train_sampling_strategy": "sequential"},  # the only order that it takes
+        same={"kl_scope": "microbatch", "reference": "copy"},
+        single=True,
+    ),
+    "orpo": Task(
+        "ORPO",
+        "ORPOConfig",
+        ("trl.experimental.orpo", "ORPOTrainer", "ORPOConfig"),
+        0.1,
+        same={"nll_scope": "all"},
+        reference=False,
+    ),
+    "simpo": Task(
+        "SimPO",
+        "SimPOConfig",
+        ("trl.experimental.cpo", "CPOTrainer", "CPOConfig"),
+        2.0,
+        options={"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0},
+        reference=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Spec:
+    task: str  # of TASKS
     side: str  # fastalign or trl
     model: str
-    pairs: str
+    data: str
     output: str
     result: str
     options: dict[str, Any] = field(default_factory=dict)  # of the side's own config
@@ -35,7 +81,6 @@ class Spec:
     epochs: int = 1
     batch_size: int = 8
     learning_rate: float = 1e-4
-    beta: float = 0.1
     seed: int = 42
 
 
@@ -63,18 +108,19 @@ class Recording:
 
 
 def run_fastalign(spec: Spec) -> Recording:
-    from fastalign import DPOConfig, train
-    from fastalign.data.config import DataConfig
+    import fastalign
+    from fastalign.data.config import DataConfig, UnpairedDataConfig
     from fastalign.models.config import LoraConfig, ModelConfig
 
-    record = Recording()
+    record, task = Recording(), TASKS[spec.task]
+    config_class: Any = getattr(fastalign, task.config)
 
-    class TimedConfig(DPOConfig):
+    class TimedConfig(config_class):
         def objective(self, model: Any, data: Any, folder: Any) -> Any:
             record.loaded()
             started = time.perf_counter()
             objective = super().objective(model, data, folder)
-            record.reference_seconds = time.perf_counter() - started
+            record.reference_seconds = time.perf_counter() - started if task.reference else 0.0
             return objective
 
     def on_step(_: int, metrics: dict[str, float]) -> None:
@@ -84,18 +130,18 @@ def run_fastalign(spec: Spec) -> Recording:
 
     config = TimedConfig(
         model=ModelConfig(path=spec.model, dtype="float32"),
-        data=DataConfig(path=spec.pairs),
+        data=(UnpairedDataConfig if task.single else DataConfig)(path=spec.data),
         lora=LoraConfig(adapter=spec.adapter) if spec.adapter else LoraConfig(r=spec.lora_rank),
         output=spec.output,
         batch_size=spec.batch_size,
         epochs=spec.epochs,
         learning_rate=spec.learning_rate,
-        beta=spec.beta,
+        beta=task.beta,
         seed=spec.seed,
         save_every=0,
         **spec.options,
     )
-    train(config, callbacks=[on_step])
+    fastalign.train(config, callbacks=[on_step])
     return record
 
 
@@ -104,15 +150,16 @@ def run_trl(spec: Spec) -> Recording:
     from datasets import load_dataset
     from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
 
-    record = Recording()
+    record, task = Recording(), TASKS[spec.task]
+    trl: Any = import_module(task.trl[0])
+    trainer_class, config_class = getattr(trl, task.trl[1]), getattr(trl, task.trl[2])
 
-    class TimedTrainer(DPOTrainer):
+    class TimedTrainer(trainer_class):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             record.losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
-            record.tokens.append(int(inputs["attention_mask"].sum()))
+            record.tokens.append(real_tokens(inputs))
             return loss
 
         def _precompute_ref_logps(self, *args: Any) -> Any:
@@ -125,28 +172,31 @@ def run_trl(spec: Spec) -> Recording:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             record.step_ended()
 
-    arguments = DPOConfig(
+    arguments = config_class(
         output_dir=spec.output,
         per_device_train_batch_size=spec.batch_size,
         num_train_epochs=spec.epochs,
         learning_rate=spec.learning_rate,
-        beta=spec.beta,
+        beta=task.beta,
         seed=spec.seed,
         use_cpu=True,
         bf16=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **task.options,
         **spec.options,
     )
     model: Any = spec.model
+    if spec.adapter or task.trl[0] != "trl":  # the experimental trainers do not read the folder's dtype
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if spec.adapter:
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), spec.adapter, is_trainable=True)
+        model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=True)
     lora = LoraConfig(task_type="CAUSAL_LM", r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules="all-linear")
     trainer = TimedTrainer(
         model=model,
         args=arguments,
-        train_dataset=load_dataset("json", data_files=spec.pairs, split="train"),
+        train_dataset=load_dataset("json", data_files=spec.data, split="train"),
         processing_class=AutoTokenizer.from_pretrained(spec.model),
         peft_config=lora if spec.lora_rank and not spec.adapter else None,
         callbacks=[Clock()],
@@ -157,7 +207,13 @@ def run_trl(spec: Spec) -> Recording:
     return record
 
 
+def real_tokens(inputs: dict[str, Any]) -> int:
+    """Tokens of the sequences that are trained on, by whatever masks a trainer has; those that only estimate a KL do not count."""
+    names = ("attention_mask", "chosen_attention_mask", "rejected_attention_mask", "completion_attention_mask")
+    return sum(int(inputs[name].sum()) for name in names if name in inputs)
+
+
 if __name__ == "__main__":
-    task = Spec(**json.loads(Path(sys.argv[1]).read_text()))
-    done = {"fastalign": run_fastalign, "trl": run_trl}[task.side](task)
-    Path(task.result).write_text(json.dumps(asdict(done)))
+    given = Spec(**json.loads(Path(sys.argv[1]).read_text()))
+    done = {"fastalign": run_fastalign, "trl": run_trl}[given.side](given)
+    Path(given.result).write_text(json.dumps(asdict(done)))

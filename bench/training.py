@@ -1,7 +1,7 @@
-"""DPO on a CPU against TRL's DPOTrainer: `python -m bench dpo` writes bench/results/dpo_cpu.{csv,md}.
+"""Training on a CPU against TRL's trainers: `python -m bench dpo|kto|orpo|simpo` writes bench/results/NAME_cpu.{csv,md}.
 
 First the losses of both sides on the same batches must agree; no speed is printed for a wrong answer. Then each side trains on
-the same model and pairs for one epoch, every run in a fresh process, sides taking turns; medians over the repeats.
+the same model and data for one epoch, every run in a fresh process, sides taking turns; medians over the repeats.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bench.dpo_sides import Recording, Spec
 from bench.machine import describe
-from bench.workload import QUICK, Shape, write_adapter, write_model, write_pairs
+from bench.training_sides import TASKS, Recording, Spec
+from bench.workload import QUICK, Shape, write_adapter, write_model, write_pairs, write_single
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK = 16
@@ -30,7 +30,7 @@ LOSS_TOLERANCE = 1e-4  # relative, fp32
 # side, its options beside those that both sides get, what it stands for
 SIDES: dict[str, tuple[str, dict[str, Any], str]] = {
     "fastalign": ("fastalign", {}, "fastalign, defaults"),
-    "trl_default": ("trl", {}, "TRL DPOTrainer, defaults (fused head, gradient checkpointing)"),
+    "trl_default": ("trl", {}, "TRL, defaults (gradient checkpointing; DPO and KTO: fused head)"),
     "trl_no_checkpointing": ("trl", {"gradient_checkpointing": False}, "TRL without gradient checkpointing"),
     "trl_fastest": (
         "trl",
@@ -81,56 +81,59 @@ class Measurement:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench dpo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    name, *argv = argv
+    task = TASKS[name]
+    sides = [side for side in SIDES if task.reference or side != "trl_fastest"]
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="a toy model, one repeat and few steps: checks the benchmark, measures nothing"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 pairs")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 samples")
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder of dpo_cpu.csv and dpo_cpu.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help=f"folder of {name}_cpu.csv and {name}_cpu.md")
     options = parser.parse_args(argv)
     if options.quick:
         options.repeats, options.steps = 1, 4
-        options.sides = [side for side in options.sides if side in ("fastalign", "trl_fastest")]
-    shape = QUICK if options.quick else Shape()
+        options.sides = [side for side in options.sides if side in ("fastalign", sides[-1])]
+    shape, write = QUICK if options.quick else Shape(), write_single if task.single else write_pairs
 
-    with tempfile.TemporaryDirectory(prefix="bench-dpo-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-training-") as scratch:
         folder = Path(scratch)
         model = write_model(folder / "model", shape)
         adapter = write_adapter(folder / "adapter", model, RANK)
         for row in options.rows:
-            check_losses(folder, model, write_pairs(folder / "gate.jsonl", 8, shape, seed=1), adapter if ROWS[row] else None)
+            check_losses(name, folder, model, write(folder / "gate.jsonl", 8, shape, seed=1), adapter if ROWS[row] else None)
             print(f"{row}: losses agree", flush=True)
-        pairs = write_pairs(folder / "pairs.jsonl", 8 * options.steps, shape)
+        data = write(folder / "data.jsonl", 8 * options.steps, shape)
         results = []
         for repeat in range(options.repeats):
             for row in options.rows:
-                for name in options.sides:
-                    side, extra, _ = SIDES[name]
-                    record = run(folder, Spec(side, str(model), str(pairs), "", "", extra, lora_rank=ROWS[row]))
-                    results.append(Measurement.of(record, row, name, repeat))
+                for chosen in options.sides:
+                    side, extra, _ = SIDES[chosen]
+                    record = run(folder, Spec(name, side, str(model), str(data), "", "", extra, lora_rank=ROWS[row]))
+                    results.append(Measurement.of(record, row, chosen, repeat))
                     print(json.dumps(asdict(results[-1])), flush=True)
 
     options.output.mkdir(parents=True, exist_ok=True)
-    command = "python -m bench dpo " + " ".join(argv)
-    write_csv(options.output / "dpo_cpu.csv", results)
-    (options.output / "dpo_cpu.md").write_text(page(results, shape, command.strip()), encoding="utf-8")
-    print(page(results, shape, command.strip()))
+    command = " ".join(["python -m bench", name, *argv])
+    write_csv(options.output / f"{name}_cpu.csv", results)
+    (options.output / f"{name}_cpu.md").write_text(page(name, results, shape, command), encoding="utf-8")
+    print(page(name, results, shape, command))
     return 0
 
 
-def check_losses(folder: Path, model: Path, pairs: Path, adapter: Path | None) -> None:
-    """Stop unless both sides report the same loss in each of four steps on the same eight pairs."""
+def check_losses(task: str, folder: Path, model: Path, data: Path, adapter: Path | None) -> None:
+    """Stop unless both sides report the same loss in each of four steps on the same eight samples."""
     losses = {}
-    for name in ("fastalign", "trl_default"):
-        side, extra, _ = SIDES[name]
-        spec = Spec(side, str(model), str(pairs), "", "", extra, adapter=str(adapter) if adapter else None, epochs=4, learning_rate=1e-3)
-        losses[name] = run(folder, spec).losses
+    for side, options in (("fastalign", TASKS[task].same), ("trl", {})):
+        start = str(adapter) if adapter else None
+        spec = Spec(task, side, str(model), str(data), "", "", options, adapter=start, epochs=4, learning_rate=1e-3)
+        losses[side] = run(folder, spec).losses
     ours, theirs = losses.values()
     if len(ours) != 4 or len(theirs) != 4 or any(abs(a - b) > LOSS_TOLERANCE * abs(b) for a, b in zip(ours, theirs)):
-        raise SystemExit(f"bench dpo: losses differ, nothing is measured: {losses}")
+        raise SystemExit(f"bench {task}: losses differ, nothing is measured: {losses}")
 
 
 def run(folder: Path, spec: Spec) -> Recording:
@@ -140,10 +143,10 @@ def run(folder: Path, spec: Spec) -> Recording:
         spec = Spec(**{**asdict(spec), "output": str(place / "run"), "result": str(place / "result.json")})
         (place / "spec.json").write_text(json.dumps(asdict(spec)))
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
-        command = [sys.executable, "-m", "bench.dpo_sides", str(place / "spec.json")]
+        command = [sys.executable, "-m", "bench.training_sides", str(place / "spec.json")]
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"bench dpo: {spec.side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            raise SystemExit(f"bench {spec.task}: {spec.side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return Recording(**json.loads(Path(spec.result).read_text()))
 
 
@@ -154,15 +157,16 @@ def write_csv(path: Path, results: list[Measurement]) -> None:
         writer.writerows(asdict(result) for result in results)
 
 
-def page(results: list[Measurement], shape: Shape, command: str) -> str:
+def page(task: str, results: list[Measurement], shape: Shape, command: str) -> str:
     """The Markdown page: what was measured on what, the medians, and where fastalign is behind."""
     about = describe(["torch", "transformers", "peft", "trl", "accelerate"])
+    what = "labelled answers" if TASKS[task].single else "pairs"
     repeats = 1 + max(result.repeat for result in results)
     lines = [
-        "# DPO on a CPU: fastalign and TRL",
+        f"# {TASKS[task].title} on a CPU: fastalign and TRL",
         "",
-        f"{shape.text}; fp32, 8 pairs a step, {results[0].steps} steps, {results[0].tokens:,} tokens. Medians of {repeats} runs, each in a",
-        "process of its own, sides taking turns. Losses of both sides agreed to 1e-4 in four steps on the same batches first.",
+        f"{shape.text}; fp32, 8 {what} a step, {results[0].steps} steps, {results[0].tokens:,} tokens. Medians of {repeats} runs, each",
+        "in a process of its own, sides taking turns. Losses of both sides agreed to 1e-4 in four steps on the same batches first.",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         f"- command: `{command}`",
