@@ -25,7 +25,7 @@ from fastalign.types import PackedBatch
 
 _WEIGHT = "score.weight"
 
-# Largest difference of a score, as a share of the largest score: orders above rounding, orders below a wrong token or head.
+# Largest difference of a score, as a share of its scale: orders above rounding, orders below a wrong token or head.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -74,24 +74,25 @@ def is_reward_model(path: str | Path) -> bool:
 
 def scores(model: Any, batch: PackedBatch) -> Tensor:
     """(S,) float32: the score of each sequence of `batch`, with gradient to trunk and head."""
-    hidden = trunk(model, batch).hidden.index_select(0, _last_tokens(batch, text_config(causal_lm(model)).pad_token_id))
-    weight = _active(causal_lm(model).score).weight
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return F.linear(hidden.to(wide), weight.to(wide))[:, 0].float()
+    hidden, weight = _head_inputs(model, batch)
+    return F.linear(hidden, weight)[:, 0].float()
 
 
 def check_scores(model: Any, batch: PackedBatch, *, sequences: int = 4) -> float:
     """Compare the packed scores of the first sequences of `batch` with the model's own, one sequence at a time, as `self_check` does.
 
-    Returns the largest difference as a share of the largest score. Raises HeadMismatchError beyond the tolerance.
+    Returns the largest difference as a share of the scores' scale: the largest of them, or |hidden| |weight| / sqrt(D) where
+    all happen to be small. Raises HeadMismatchError beyond the tolerance.
     """
     causal = causal_lm(model)
     with evaluation(model):
-        packed = scores(model, batch)[:sequences]
+        hidden, weight = _head_inputs(model, batch)
+        packed = F.linear(hidden, weight)[:sequences, 0].float()
         with stock_attention(model):
             parts = list(pairwise(batch.bounds))[:sequences]
             own = torch.cat([causal(input_ids=batch.input_ids[None, a:b], use_cache=False).logits[:, 0].float() for a, b in parts])
-    worst = float((packed - own).abs().max() / own.abs().max().clamp(min=1e-3))
+    scale = max(float(own.abs().max()), float(hidden.norm(dim=1).max() * weight.detach().norm()) / hidden.shape[1] ** 0.5)
+    worst = float((packed - own).abs().max()) / max(scale, 1e-30)
     dtype = next(model.parameters()).dtype
     if not worst <= _TOLERANCE[dtype]:
         raise HeadMismatchError(
@@ -99,6 +100,14 @@ def check_scores(model: Any, batch: PackedBatch, *, sequences: int = 4) -> float
             f"{_TOLERANCE[dtype]:g}). Training would optimise another model than the one that scores, so it does not start"
         )
     return worst
+
+
+def _head_inputs(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(S, D) hidden states that are scored and the head's weight (1, D), in float32 at least."""
+    causal = causal_lm(model)
+    hidden = trunk(model, batch).hidden.index_select(0, _last_tokens(batch, text_config(causal).pad_token_id))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.to(wide), _active(causal.score).weight.to(wide)
 
 
 def _last_tokens(batch: PackedBatch, pad_token_id: int) -> Tensor:

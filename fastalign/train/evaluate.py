@@ -263,7 +263,8 @@ def locate(path: str) -> Evaluated:
         names = options.get("loss_type")
         name = names[0] if isinstance(names, list) and len(names) == 1 else names
         loss_type = name if isinstance(name, str) and name in PREFERENCE_LOSSES else None
-        return Evaluated(str(folder / "final"), start, options.get("beta"), loss_type, options.get("label_smoothing") or 0.0)
+        beta = options.get("beta") if "reference" in options else None  # that of other runs scales something else
+        return Evaluated(str(folder / "final"), start, beta, loss_type, options.get("label_smoothing") or 0.0)
     if (folder / "adapter_config.json").is_file():
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return Evaluated(path, adapter.get("base_model_name_or_path"))
@@ -287,8 +288,8 @@ def show(result: dict[str, Any]) -> None:
         table = Table(title="calibration: are pairs with a margin of that confidence right that often?", title_justify="left")
         for heading in RELIABILITY:
             table.add_column(heading, justify="right")
-        for row in reliability_rows(bins):
-            table.add_row(*row)
+        for cells in reliability_rows(bins):
+            table.add_row(*cells)
         console.print(table)
 
 

@@ -107,6 +107,14 @@ def test_a_score_read_elsewhere_is_noticed(folders: Path, monkeypatch: pytest.Mo
         check_scores(model, batch)
 
 
+@pytest.mark.parametrize("shrunk", [1.0, 0.01])
+def test_half_precision_passes_the_check_whatever_the_size_of_its_scores(folders: Path, shrunk: float) -> None:
+    model, batch = fresh(folders / "qwen3").bfloat16(), collate(SAMPLES)
+    with torch.no_grad():
+        model.score.weight.mul_(shrunk)
+    assert 0 < check_scores(model, batch, sequences=6) < 0.05
+
+
 def test_models_that_cannot_be_reward_models_are_named(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="granite: Transformers has no sequence classification model of type granite"):
         fresh(folders / "granite")

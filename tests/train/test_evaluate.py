@@ -94,8 +94,8 @@ def test_without_reference_there_are_no_rewards(work: Path) -> None:
 def finished_run(folder: Path, work: Path, **options: object) -> Path:
     """A run folder as training leaves it, as far as eval reads it."""
     save_tiny(folder / "final", seed=1)
-    content = {"model": {"path": str(work / "start")}, "lora": {"adapter": None}, "beta": 0.5, "loss_type": "ipo", **options}
-    (folder / "config.yaml").write_text(json.dumps(content))
+    content = {"model": {"path": str(work / "start")}, "lora": {"adapter": None}, "beta": 0.5, "loss_type": "ipo", "reference": "auto"}
+    (folder / "config.yaml").write_text(json.dumps(content | options))
     return folder
 
 
@@ -123,6 +123,15 @@ def test_a_run_of_several_losses_is_told_by_sigmoid(work: Path, tmp_path: Path) 
     found = locate(str(finished_run(tmp_path / "run", work, loss_type=["sigmoid", "sft"], label_smoothing=0.1)))
     assert (found.loss_type, found.label_smoothing) == (None, 0.1)
     assert locate(str(finished_run(tmp_path / "other", work, loss_type=["hinge"]))).loss_type == "hinge"
+
+
+def test_the_beta_of_a_run_without_a_reference_is_no_strength_of_a_reward(work: Path, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", work, beta=2.5)
+    assert locate(str(run)).beta == 2.5
+    content = json.loads((run / "config.yaml").read_text())
+    del content["reference"]
+    (run / "config.yaml").write_text(json.dumps(content))
+    assert locate(str(run)).beta is None
 
 
 def test_an_adapter_is_compared_with_its_base(work: Path, tmp_path: Path) -> None:
