@@ -17,13 +17,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastalign.data.config import DataConfig, RankedDataConfig, SupervisedDataConfig
+from fastalign.data.config import DataConfig, PromptDataConfig, RankedDataConfig, SupervisedDataConfig
 from fastalign.data.preferences import load_preferences
+from fastalign.data.prompts import load_prompts
 from fastalign.data.ranked import load_ranked
 from fastalign.data.samples import Samples
 from fastalign.data.sources import read_rows
 from fastalign.data.supervised import load_supervised
-from fastalign.data.tokenizer import load_tokenizer
+from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
 from fastalign.errors import ConfigError, ModelError
 from fastalign.losses import PREFERENCE_LOSSES
 from fastalign.models.config import ModelConfig
@@ -36,8 +37,10 @@ from fastalign.packing import collate, pack
 from fastalign.segments import segment_sum
 from fastalign.train.config import write_text
 from fastalign.train.evaluation_page import RELIABILITY, figure_rows, reliability_rows, write_page
+from fastalign.train.label import JudgeConfig, build_judge
 from fastalign.train.measures import margins_of, preference_figures, reward_figures, text_figures
 from fastalign.train.step import check_lengths
+from fastalign.train.win_rate import generated, win_figures, written
 from fastalign.types import PackedBatch, Sample
 
 Data = TypeVar("Data", bound=DataConfig)
@@ -55,7 +58,7 @@ class EvalDataConfig(SupervisedDataConfig):
 @dataclass
 class EvalConfig:
     """Figures of a model on held-out data: of preference pairs accuracy, margins and loss, of texts the perplexity, and what a
-    reward model makes of pairs and rankings.
+    reward model makes of pairs and rankings; with a judge how often its answers win.
 
     With a reference the accuracy of pairs is that of the implicit reward beta * (log p - log p_ref), as in training.
     """
@@ -72,6 +75,13 @@ class EvalConfig:
     """Whose loss to tell of pairs: sigmoid, ipo, ...; none: that of the run, else sigmoid."""
     kl: bool = False
     """Also the divergence KL(model || reference) per scored token, exact over the vocabulary; holds both models in memory."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """With a judge: the model answers the data's prompts, and the answers are judged against the reference's (none: against the
+    data's own, its column completion or chosen)."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """Of the answers; 0: the most probable token every time."""
     max_tokens: int = 4096
     """Tokens per batch; bounds the memory, does not change the result."""
     output: str | None = None
@@ -89,6 +99,12 @@ class EvalConfig:
             raise ConfigError(f"loss_type must be one of {', '.join(PREFERENCE_LOSSES)}, got {self.loss_type!r}")
         if self.kl and self.reference == "none":
             raise ConfigError("kl is a divergence from the reference, which --reference none leaves out; name one")
+        if self.judge.is_named:
+            self.judge.validate()
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be 0 or more, got {self.temperature}")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
@@ -129,7 +145,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         reference, figures = None, _of_reward_model(config, found)
     else:
         reference = found.start if config.reference == "auto" else None if config.reference == "none" else locate(config.reference).path
-        measure = _of_pairs if _holds_pairs(config.data) else _of_texts
+        measure = _of_answers if config.judge.is_named else _of_pairs if _holds_pairs(config.data) else _of_texts
         figures = measure(config, found, reference)
         if config.kl and reference:
             figures.values.update(_kl_figures(config, _load(config, found.path), _load_reference(config, reference), figures.samples))
@@ -200,6 +216,19 @@ def _of_texts(config: EvalConfig, found: Evaluated, reference: str | None) -> Fi
         values |= {f"reference/{name}": value for name, value in text_figures(ref_nll, tokens).items()}
         nll["reference"] = ref_nll / tokens.clamp(min=1)
     return Figures(values, nll=nll, samples=samples)
+
+
+def _of_answers(config: EvalConfig, found: Evaluated, reference: str | None) -> Figures:
+    judge = build_judge(config.judge)
+    tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
+    data = load_prompts(_options_for(PromptDataConfig, config.data), tokenizer, vocab_size=head_vocab_size(found.path))
+    samples = _held_out(config, data)
+    how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    ours = generated(_load(config, found.path), data, samples, **how)
+    theirs = generated(_load_reference(config, reference), data, samples, **how) if reference else written(data, samples)
+    workers = config.judge.workers if config.judge.url else 1
+    output = Path(config.output).with_suffix(".answers.jsonl") if config.output else None
+    return Figures(win_figures(judge, data, samples, ours, theirs, workers=workers, output=output))
 
 
 def _text_sums(config: EvalConfig, model: Any, samples: Sequence[Sample]) -> Tensor:
@@ -309,8 +338,8 @@ def _holds_pairs(options: DataConfig) -> bool:
 def _options_for(kind: type[Data], options: EvalDataConfig) -> Data:
     """The options of `options` that data of one kind has."""
     given = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
-    if kind is RankedDataConfig and options.truncation == "keep_start":
-        given["truncation"] = "drop"  # as in training: a reward is read at the last token
+    if kind is PromptDataConfig or (kind is RankedDataConfig and options.truncation == "keep_start"):
+        given["truncation"] = "drop"  # as in training: a reward is read at the last token, and a prompt is not cut
     return kind(**given)
 
 

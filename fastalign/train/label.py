@@ -51,6 +51,10 @@ class JudgeConfig:
     workers: int = 8
     """Rows that are being judged at the same time by an endpoint."""
 
+    @property
+    def is_named(self) -> bool:
+        return bool(self.function or self.url or self.model)
+
     def validate(self) -> None:
         """Raise ConfigError for the first option that is missing or out of range."""
         if bool(self.function) == bool(self.url or self.model):
@@ -144,7 +148,7 @@ class Statistics:
             result |= {"first_position_wins": self.first_wins / decided} if decided else {}
         if self.human_pairs:
             result |= {"human_pairs": self.human_pairs, "human_agreement": self.agreed / self.human_pairs}
-            result |= {"human_agreement_ci95": list(wilson(round(self.agreed), self.human_pairs))}
+            result |= {"human_agreement_ci95": list(wilson(self.agreed, self.human_pairs))}
         return result
 
 
