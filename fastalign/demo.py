@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 COLOURS = {"helpful": "green", "dismissive": "red", "mixed": "yellow", "neither": "yellow"}
+BATCH_SIZE = 16
+_PAIR = ("chosen", "rejected")
 OWN_FILES = ("model", "train.jsonl", "heldout.jsonl", "samples.jsonl", "run", "teacher", "demo.json")
 
 
@@ -56,7 +58,7 @@ def _helpful(rows: Sequence[Row]) -> list[Row]:
 
 
 def _either(rows: Sequence[Row]) -> list[Row]:
-    return [{"prompt": row["prompt"], "completion": row[("chosen", "rejected")[k % 2]]} for k, row in enumerate(rows)]
+    return [{"prompt": row["prompt"], "completion": row[_PAIR[k % 2]]} for k, row in enumerate(rows)]
 
 
 def _labelled(rows: Sequence[Row]) -> list[Row]:
@@ -68,9 +70,6 @@ def _unclosed(rows: Sequence[Row]) -> list[Row]:
     return [row | {key: [row[key][0] | {"content": demo_data.without_closer(row[key][0]["content"])}] for key in _PAIR} for row in rows]
 
 
-_PAIR = ("chosen", "rejected")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What a demo trains, on what, and how."""
@@ -79,8 +78,7 @@ class Recipe:
     config: str  # class in fastalign
     data: str  # what a row of the training data is, in the plural
     rows: Callable[[Sequence[Row]], list[Row]]  # of the training data, from preference pairs
-    options: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 16
+    options: dict[str, Any]
 
 
 RECIPES = {
@@ -194,7 +192,7 @@ def align(folder: Path, recipe: Recipe, size: Size) -> tuple[Path, str]:
     from fastalign.train.card import command
 
     config: Any = getattr(import_module("fastalign"), recipe.config)(
-        output=str(folder / "run"), batch_size=recipe.batch_size, epochs=size.epochs, **recipe.options
+        output=str(folder / "run"), batch_size=BATCH_SIZE, epochs=size.epochs, **recipe.options
     )
     config.model.path, config.data.path, config.data.eval_path = (str(folder / name) for name in ("model", "train.jsonl", "heldout.jsonl"))
     if recipe.config == "DistillConfig":
@@ -210,7 +208,7 @@ def _teach(folder: Path, pairs: Sequence[Row], size: Size, console: Console) -> 
 
     console.print("a copy of it learns to help, by SFT; it will be the teacher")
     _write_rows(folder / "helpful.jsonl", _helpful(pairs))
-    config = SFTConfig(output=str(folder / "teacher"), batch_size=16, epochs=size.epochs, **RECIPES["sft"].options)
+    config = SFTConfig(output=str(folder / "teacher"), batch_size=BATCH_SIZE, epochs=size.epochs, **RECIPES["sft"].options)
     config.model.path, config.data.path = str(folder / "model"), str(folder / "helpful.jsonl")
     train(config)
     (folder / "helpful.jsonl").unlink()

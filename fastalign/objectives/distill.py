@@ -13,16 +13,32 @@ from fastalign.data.config import SupervisedDataConfig
 from fastalign.data.samples import Samples
 from fastalign.data.supervised import load_supervised
 from fastalign.data.tokenizer import load_tokenizer
-from fastalign.errors import ConfigError, ModelError
+from fastalign.errors import ConfigError, ModelError, TemplateError
 from fastalign.head.divergence_function import DivergenceOutput
 from fastalign.losses.supervised import nll
 from fastalign.models.config import ModelConfig
 from fastalign.models.heads import HeadSpec, head_spec
-from fastalign.models.load import load_model, read_config
+from fastalign.models.load import load_model
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.segments import segment_expand
 from fastalign.types import HeadOutput, PackedBatch, Sample
+
+
+@dataclass
+class TeacherConfig:
+    """The model to learn from, which stays as it is."""
+
+    path: str = ""
+    """A Transformers model folder, a hub name, or the folder of a PEFT adapter, with the vocabulary of the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of its weights; auto: as they are stored."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with it."""
+
+    def on(self, device: str) -> ModelConfig:
+        """How it is loaded."""
+        return ModelConfig(self.path, dtype=self.dtype, device=device, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass
@@ -32,7 +48,7 @@ class DistillConfig(RunConfig):
     name: ClassVar[str] = "distill"
 
     data: SupervisedDataConfig = field(default_factory=SupervisedDataConfig)
-    teacher: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
     learning_rate: float = 2e-5
     """Peak of the schedule. The default is for full fine-tuning; an adapter wants about ten times more."""
@@ -56,8 +72,10 @@ class DistillConfig(RunConfig):
         self._require("nll_weight", 0 <= self.nll_weight < 1, "in [0, 1); nll alone is `fastalign sft`")
 
     def load_model(self, tokenizer: Any) -> Any:
-        read_config(self.teacher)
-        own = load_tokenizer(self.teacher.path, trust_remote_code=self.teacher.trust_remote_code).get_vocab()
+        try:
+            own = load_tokenizer(self.teacher.path, trust_remote_code=self.teacher.trust_remote_code).get_vocab()
+        except TemplateError as error:
+            raise ModelError(f"teacher.path: {error}") from error
         if differing := sorted(token for token, i in tokenizer.get_vocab().items() if own.get(token, i) != i):
             raise ConfigError(
                 f"teacher {self.teacher.path} and model {self.model.path} have different vocabularies (token {differing[0]!r} is "
@@ -69,7 +87,7 @@ class DistillConfig(RunConfig):
         return load_supervised(self.data, tokenizer, vocab_size=vocab_size)
 
     def objective(self, model: Any, data: Dataset, folder: Path) -> Distill:
-        return Distill(self, model, load_model(self.teacher))
+        return Distill(self, model, load_model(self.teacher.on(self.model.device)))
 
 
 class Distill:

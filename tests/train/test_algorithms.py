@@ -19,7 +19,7 @@ from fastalign.data.config import DataConfig, RankedDataConfig, SupervisedDataCo
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.objectives.base import RunConfig
 from fastalign.objectives.cpo import SimPOConfig
-from fastalign.objectives.distill import DistillConfig
+from fastalign.objectives.distill import DistillConfig, TeacherConfig
 from fastalign.objectives.dpo import DPOConfig
 from fastalign.objectives.kto import KTOConfig
 from fastalign.objectives.orpo import ORPOConfig
@@ -54,7 +54,7 @@ ALGORITHMS: dict[str, Callable[[Path], tuple[type[RunConfig], dict[str, Any]]]] 
         DistillConfig,
         {
             "data": SupervisedDataConfig(path=str(f / "completions.jsonl"), eval_fraction=0.2),
-            "teacher": ModelConfig(path=str(f / "teacher")),
+            "teacher": TeacherConfig(path=str(f / "teacher")),
             "lora": LoraConfig(r=4, dropout=0.1),
             "learning_rate": 2e-2,
         },
