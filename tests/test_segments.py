@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastalign.segments import segment_expand, segment_mean, segment_sum
+from fastalign.segments import segment_expand, segment_mean, segment_sum, shared_length_sum
 
 LENGTHS = [0, 3, 0, 1, 5, 0]  # empty at both ends and between, one of one token
 CU = torch.tensor([0, 0, 3, 3, 4, 9, 9], dtype=torch.int32)
@@ -79,3 +79,19 @@ def test_expand_gives_each_token_its_segment_and_sums_the_gradient():
     assert segment_expand(values[:0], cu_seqlens[:1], 0).shape == (0,)
     with pytest.raises(ValueError, match=r"one per segment of cu_seqlens \(S\+1,\): got \(3,\), \(5,\)"):
         segment_expand(values[:3], cu_seqlens, 5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_shared_length_sum_equals_a_loop(alpha: float) -> None:
+    """What goes beyond the shorter of a pair counts alpha."""
+    values = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    cu_seqlens = torch.tensor([0, 0, 3, 5, 6, 8, 9], dtype=torch.int32)  # pairs of lengths (0, 3), (2, 1), (2, 1)
+    weights = torch.tensor([alpha] * 3 + [1, alpha, 1] + [1, alpha, 1], dtype=torch.float64)
+    found = shared_length_sum(values, cu_seqlens, alpha)
+    torch.testing.assert_close(found, segment_sum(weights * values, cu_seqlens))
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), values)[0], weights)
+
+
+def test_shared_length_sum_needs_pairs() -> None:
+    with pytest.raises(ValueError, match=r"bounds of P pairs of segments: got \(4,\)"):
+        shared_length_sum(torch.zeros(3), torch.tensor([0, 1, 2, 3], dtype=torch.int32), 0.5)

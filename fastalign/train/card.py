@@ -20,7 +20,7 @@ from fastalign.train.page import text_of
 from fastalign.train.report import final_metrics, is_eval
 
 _SHOWN = (
-    "loss", "divergence", "nll", "mean_token_accuracy", "accuracy", "margin", "mean_reward",
+    "loss", "divergence", "kl", "nll", "nll_loss", "mean_token_accuracy", "accuracy", "margin", "mean_reward",
     "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "num_tokens",
 )  # fmt: skip
 
@@ -42,7 +42,24 @@ _PREFERENCE = _Method(
     "Rewards are implicit: beta times the log-ratio to the reference model, in nats; accuracy is the share of pairs whose chosen "
     "answer has the higher one.",
 )
+_LIKELIHOOD = _Method(
+    "preference-optimization",
+    "preferences",
+    "pairs",
+    "Rewards are implicit: beta times the log-prob of an answer, summed or per token as the loss takes it, without a reference; "
+    "accuracy is the share of pairs whose chosen answer has the higher one.",
+)
 _METHODS = {
+    "orpo": _LIKELIHOOD,
+    "cpo": _LIKELIHOOD,
+    "simpo": _LIKELIHOOD,
+    "kto": _Method(
+        "preference-optimization",
+        "labelled answers",
+        "answers",
+        "Rewards are implicit: beta times the log-ratio to the reference model, in nats, of desirable (chosen) and undesirable "
+        "(rejected) answers; kl is KTO's estimate of the distance from the reference.",
+    ),
     "sft": _Method("sft", "examples", "samples", "Losses are nats per token; exp(nll) is the perplexity."),
     "distill": _Method("distillation", "examples", "samples", "divergence is that from the teacher, in nats per token."),
     "reward": _Method(
@@ -60,6 +77,35 @@ _PAPERS = {
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2023},
   url = {https://arxiv.org/abs/2305.18290}
+}"""),
+    "kto": ("https://arxiv.org/abs/2402.01306", """@inproceedings{ethayarajh2024kto,
+  title = {{KTO}: Model Alignment as Prospect Theoretic Optimization},
+  author = {Ethayarajh, Kawin and Xu, Winnie and Muennighoff, Niklas and Jurafsky, Dan and Kiela, Douwe},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  url = {https://arxiv.org/abs/2402.01306}
+}"""),
+    "orpo": ("https://arxiv.org/abs/2403.07691", """@inproceedings{hong2024orpo,
+  title = {{ORPO}: Monolithic Preference Optimization without Reference Model},
+  author = {Hong, Jiwoo and Lee, Noah and Thorne, James},
+  booktitle = {Conference on Empirical Methods in Natural Language Processing},
+  year = {2024},
+  url = {https://arxiv.org/abs/2403.07691}
+}"""),
+    "cpo": ("https://arxiv.org/abs/2401.08417", """@inproceedings{xu2024contrastive,
+  title = {Contrastive Preference Optimization: Pushing the Boundaries of {LLM} Performance in Machine Translation},
+  author = {Xu, Haoran and Sharaf, Amr and Chen, Yunmo and Tan, Weiting and Shen, Lingfeng and Van Durme, Benjamin and Murray, Kenton
+    and Kim, Young Jin},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  url = {https://arxiv.org/abs/2401.08417}
+}"""),
+    "simpo": ("https://arxiv.org/abs/2405.14734", """@inproceedings{meng2024simpo,
+  title = {{SimPO}: Simple Preference Optimization with a Reference-Free Reward},
+  author = {Meng, Yu and Xia, Mengzhou and Chen, Danqi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2024},
+  url = {https://arxiv.org/abs/2405.14734}
 }"""),
     "distill": ("https://arxiv.org/abs/2306.13649", """@inproceedings{agarwal2024policy,
   title = {On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes},

@@ -213,3 +213,25 @@ def test_sums_are_those_of_the_completions_alone() -> None:
     want = torch.stack([rows[2, 8] + rows[3, 9], other[2, 10]])
     model.set_attn_implementation("fastalign")
     torch.testing.assert_close(sequence_logps(model, collate([sample])), want)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "cache", "copy"])
+def test_desensitised_log_probs_are_the_same_from_every_reference(tmp_path: Path, kind: str) -> None:
+    """LD-DPO changes the reference's sums too, and a cache of them is not taken for one of plain sums."""
+    model = policy(lora=kind == "adapter")
+    plain = build_reference(model, Options(kind), Data(), tmp_path)
+    found = build_reference(model, Options(kind), Data(), tmp_path, ld_alpha=0.3)
+    expected = [sequence_logps(policy(), batch, ld_alpha=0.3) for batch in batches()]
+    for batch, want in zip(batches(), expected):
+        torch.testing.assert_close(found.logps(batch), want, rtol=1e-5, atol=1e-5)
+        assert (found.logps(batch) - plain.logps(batch)).abs().max() > 0.1
+
+
+def test_a_copy_moves_towards_the_model() -> None:
+    model = policy()
+    copy = CopyReference(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model)
+    copy.mix(model, 0.25)
+    for (name, now), then in zip(copy.model.named_parameters(), before.values(), strict=True):
+        torch.testing.assert_close(now, 0.75 * then + 0.25 * model.get_parameter(name), msg=name)

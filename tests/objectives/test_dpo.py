@@ -134,6 +134,37 @@ def test_the_gradient_is_that_of_the_dense_loss() -> None:
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6 * theirs.grad.abs().max().item(), msg=name)
 
 
+def test_a_uniform_reference_is_cpo() -> None:
+    """reference_free: log-ratios are log-probs."""
+    settings = config(reference_free=True)
+    objective = DPO(settings, load_model(tiny_model("qwen3")), None)
+    sums, denominators = run_step(objective, [SAMPLES], device=torch.device("cpu"))
+    found = objective.metrics({name: value.item() for name, value in sums.items()}, denominators)
+    logps = Dense(tiny_model("qwen3"), SAMPLES).logps
+    assert found["loss"] == pytest.approx(sum(s.weight * sigmoid_loss(BETA * (logps[s.index][0] - logps[s.index][1])) for s in SAMPLES) / 4)
+    assert found["rewards/chosen"] == pytest.approx(BETA * found["logps/chosen"])
+
+
+def test_the_likelihood_term_is_over_the_chosen_tokens_of_the_step() -> None:
+    """TRL's is a mean over the micro-batch, so that a cut weighs the tokens of short micro-batches more."""
+    policy = Dense(tiny_model("qwen3"), SAMPLES)
+    tokens = sum(s.scored[0] for s in SAMPLES)
+    expected = -sum(s.weight * policy.logps[s.index][0] for s in SAMPLES) / tokens
+    objective = DPO(config(loss_type="sft"), load_model(tiny_model("qwen3")), FixedReference())
+    whole, cut = (run_step(objective, bins, device=torch.device("cpu"))[0]["loss"].item() for bins in ([SAMPLES], [[s] for s in SAMPLES]))
+    assert whole == pytest.approx(expected, rel=2e-5)
+    assert cut == pytest.approx(expected, rel=2e-5)
+    mean_of_means = -sum(s.weight * policy.logps[s.index][0] / s.scored[0] for s in SAMPLES) / 4
+    assert abs(mean_of_means - expected) > 0.01
+
+
+def test_several_losses_add_up() -> None:
+    one, two = run(SAMPLES, loss_type="sigmoid")["loss"], run(SAMPLES, loss_type="nca_pair")["loss"]
+    anchor = run(SAMPLES, loss_type="sft")["loss"]
+    both = run(SAMPLES, loss_type=["sigmoid", "nca_pair"], loss_weights=[0.7, 0.2], rpo_alpha=0.3)["loss"]
+    assert both == pytest.approx(0.7 * one + 0.2 * two + 0.3 * anchor, rel=1e-5)
+
+
 def test_basic_metrics_leave_out_the_costly_ones_and_change_nothing_else() -> None:
     full, basic = run(SAMPLES), run(SAMPLES, metrics="basic")
     assert full.keys() - basic.keys() == {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}
@@ -163,6 +194,19 @@ def test_pairs_with_nothing_scored_do_no_harm() -> None:
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing must be 0 with loss_type=ipo"),
         ({"loss_type": "kto"}, r"loss_type must be one or more of sigmoid, hinge, ipo, .*, got 'kto'"),
+        ({"loss_type": []}, "loss_type must be one or more of"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights must be 2 numbers, as loss_type"),
+        ({"loss_type": "exo_pair"}, "label_smoothing must be more than 0 with exo_pair.*--label_smoothing 0.001"),
+        ({"loss_type": ["nca_pair", "sft"], "f_divergence_type": "forward_kl"}, "f_divergence_type must be reverse_kl with nca_pair"),
+        ({"f_divergence_type": "hellinger"}, "f_divergence_type must be one of reverse_kl, forward_kl"),
+        ({"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], or null"),
+        ({"rpo_alpha": -1.0}, "rpo_alpha must be 0 or more, or null"),
+        ({"loss_type": "aot", "use_weighting": True}, "use_weighting must be false with aot"),
+        ({"discopop_tau": 0.0}, "discopop_tau must be positive"),
+        ({"sync_ref_model": True, "reference": "cache"}, "reference must be auto or copy with sync_ref_model"),
+        ({"sync_ref_model": True, "reference_free": True}, "sync_ref_model must be false with reference_free"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1"),
+        ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha must be in \(0, 1\]"),
         ({"reference": "none"}, "reference must be one of auto, adapter, cache, copy"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"learning_rate": -1e-6}, "learning_rate must be 0 or more and finite"),
