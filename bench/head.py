@@ -8,6 +8,7 @@ rounds. The files are rewritten after every block. Under --limit the least impor
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import sys
 import time
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
     stem = options.output / f"head_{head_page.machine_kind(device)}"
     table, page = stem.with_suffix(".csv"), stem.with_suffix(".md")
     rows = {row.key: row for row in head_rows.read(table)} if options.append and table.exists() else {}
-    now, command = commit(), " ".join(["python -m bench head", *_without_folder(argv)])
+    now, command = commit(), "python -m bench head " + shlex.join(_without_folder(argv))
 
     def save() -> None:
         head_rows.write(table, rows.values())
