@@ -13,8 +13,9 @@ from fastalign.train.config import write_text
 from fastalign.train.curves import BLUE, GREEN, GREY, ORANGE
 from fastalign.train.page import TEMPLATE, escape, figure, section, table
 
-RELIABILITY = ("confidence from", "to", "pairs", "mean confidence", "accuracy", "95 % interval")
+RELIABILITY = ("confidence", "pairs", "mean", "accuracy", "95 % interval")
 _NAMES = ("model", "reference", "data")
+_COLOURS = {"right": GREEN, "wrong": ORANGE, "worse": ORANGE, "reference": ORANGE}
 
 
 def write_page(
@@ -64,10 +65,15 @@ def figure_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def reliability_rows(bins: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The reliability table as text, under the heads RELIABILITY."""
     return [
-        (f"{row['from']:.2f}", f"{row['to']:.2f}", str(row["pairs"]), _number(row["confidence"]), _number(row["accuracy"]),
-         " – ".join(map(_number, row["accuracy_ci95"])))
+        (
+            f"{row['from']:.2f} – {row['to']:.2f}",
+            str(row["pairs"]),
+            _number(row["confidence"]),
+            _number(row["accuracy"]),
+            " – ".join(map(_number, row["accuracy_ci95"])),
+        )
         for row in bins
-    ]  # fmt: skip
+    ]
 
 
 def _number(value: Any) -> str:
@@ -110,7 +116,7 @@ def _histogram(axes: Any, values: Mapping[str, Tensor], label: str) -> None:
     low, high = min(everything), max(everything)
     width = (high - low) / 40 or 1.0
     edges = [low + k * width for k in range(41)]
-    for (name, found), colour in zip(present.items(), (GREEN, ORANGE) if "right" in values else (BLUE, ORANGE)):
-        axes.hist(found, edges, color=colour, alpha=0.6, label=f"{name} ({len(found)})")
+    for name, found in present.items():
+        axes.hist(found, edges, color=_COLOURS.get(name, BLUE), alpha=0.6, label=f"{name} ({len(found)})")
     axes.set_xlabel(label)
     axes.set_ylabel("count")

@@ -148,7 +148,7 @@ def wilson(right: float, trials: int, z: float = 1.959964) -> tuple[float, float
     share, square = right / trials, z * z / trials
     centre = (share + square / 2) / (1 + square)
     spread = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return max(0.0, centre - spread), min(1.0, centre + spread)
+    return max(0.0, min(share, centre - spread)), min(1.0, max(share, centre + spread))  # holds the share in spite of rounding
 
 
 def _exp(nats: float) -> float:

@@ -20,6 +20,7 @@ from fastalign.models.config import ModelConfig
 from fastalign.models.save import save_final
 from fastalign.models.value_head import load_reward_model
 from fastalign.train.evaluate import EvalConfig, EvalDataConfig, evaluate, locate
+from fastalign.train.evaluation_page import write_page
 from fastalign.train.measures import calibration, preference_figures, reward_figures, text_figures, wilson
 
 
@@ -289,6 +290,19 @@ def test_calibration_of_margins_that_mean_what_they_say() -> None:
     (row,) = calibration(torch.tensor([2.0, 2.0, 2.0, -2.0]))["calibration"]
     assert (row["from"], row["to"], row["pairs"], row["accuracy"]) == (0.85, 0.9, 4, 0.75)
     assert calibration(torch.tensor([2.0, 2.0, 2.0, -2.0]))["calibration/ece"] == pytest.approx(1 / (1 + math.exp(-2)) - 0.75)
+
+
+@pytest.mark.parametrize("margins", [[0.5] * 9, [-0.5] * 7, [0.0], [40.0, -40.0, 0.2]])
+def test_the_page_of_any_margins_can_be_drawn(tmp_path: Path, margins: list[float]) -> None:
+    """All right, all wrong, one tie, and certainty."""
+    rewards = [torch.tensor([margin, 0.0]) for margin in margins]
+    result = {"model": "m", "reference": None, "data": "d<b>", **reward_figures(rewards)}
+    better, worse = torch.stack(rewards).unbind(1)
+    page = write_page(tmp_path / "page.html", result, better - worse, (better, worse)).read_text()
+    assert page.count("data:image/png;base64") == 3
+    assert "data d&lt;b&gt;" in page
+    for row in result["calibration"]:
+        assert row["accuracy_ci95"][0] <= row["accuracy"] <= row["accuracy_ci95"][1]
 
 
 def test_interval_of_the_perplexity_covers_it() -> None:
