@@ -194,5 +194,10 @@ class RunConfig:
         if not good:
             raise ConfigError(f"{option} must be {wanted}, got {getattr(self, option)!r}")
 
+    def _require_use(self, option: str, used: bool, where: str) -> None:
+        """An option that changes nothing was not meant: it must keep its default unless `used`."""
+        default = getattr(type(self), option)
+        self._require(option, used or getattr(self, option) == default, f"left at {default!r}, which counts only with {where}")
+
     def _require_choice(self, option: str, choices: Sequence[str]) -> None:
         self._require(option, getattr(self, option) in choices, f"one of {', '.join(choices)}")

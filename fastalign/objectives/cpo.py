@@ -61,6 +61,7 @@ class CPOConfig(RunConfig):
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
         if self.label_smoothing and self.loss_type not in _SMOOTHED:
             self._require("label_smoothing", False, f"0 with loss_type={self.loss_type}: {', '.join(_SMOOTHED)} have a smoothed form")
+        self._require_use("simpo_gamma", self.loss_type in ("simpo", "alphapo"), "loss_type=simpo or alphapo")
         if self.loss_type == "alphapo" and not self.alpha:
             self._require("alpha", False, "other than 0 with loss_type=alphapo, which is simpo at 0; the paper has 0.25")
         if self.alpha and self.loss_type != "alphapo":

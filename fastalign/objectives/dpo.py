@@ -114,6 +114,11 @@ class DPOConfig(RunConfig):
         self._require_choice("f_divergence_type", tuple(SCORES))
         if self.f_divergence_type != "reverse_kl" and (wrong := set(names) - {*_SCORED, "sft"}):
             self._require("f_divergence_type", False, f"reverse_kl with {', '.join(sorted(wrong))}; others go with {', '.join(_SCORED)}")
+        self._require_use("f_alpha_divergence_coef", self.f_divergence_type == "alpha_divergence", "f_divergence_type=alpha_divergence")
+        self._require_use("discopop_tau", "discopop" in names, "loss_type=discopop")
+        self._require_use("ref_model_mixup_alpha", self.sync_ref_model, "sync_ref_model")
+        self._require_use("ref_model_sync_steps", self.sync_ref_model, "sync_ref_model")
+        self._require_use("reference", not self.reference_free, "a reference, not with reference_free")
         self._require("ld_alpha", self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "in [0, 1], or null")
         self._require("rpo_alpha", self.rpo_alpha is None or self.rpo_alpha >= 0, "0 or more, or null")
         if self.use_weighting and (coupled := set(names) & set(_COUPLED)):
@@ -141,7 +146,8 @@ class DPOConfig(RunConfig):
 
 class DPO:
     """loss = sum_i w_i sum_k weight_k loss_ik / (pairs of the step), w_i the pair's weight in the data (1 where it has none), times
-    WPO's where that is used. The loss "sft" is sum_i w_i NLL_i / (chosen tokens of the step).
+    WPO's where that is used. The loss "sft" is sum_i w_i NLL_i / (chosen tokens of the step): every pair's own likelihood is
+    weighted, where TRL 1.16 weighs the mean of all by WPO's mean weight.
 
     aot and aot_unpaired couple all pairs of the step by their ranks, for which the policy scores the step once more beforehand,
     without gradient; so they do not depend on the cut either, where TRL sorts each micro-batch by itself.

@@ -53,12 +53,13 @@ class KTOConfig(RunConfig):
         self._require("beta", self.beta > 0, "positive")
         self._require_choice("loss_type", ("kto", "apo_zero_unpaired"))
         self._require_choice("kl_scope", ("step", "microbatch"))
+        self._require_use("kl_scope", self.loss_type == "kto", "loss_type=kto")
         self._require_choice("reference", ("auto", "adapter", "cache", "copy"))
         for option in ("desirable_weight", "undesirable_weight"):
             self._require(option, 0 <= getattr(self, option) < float("inf"), "0 or more and finite")
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "cache, copy or auto when all weights are trained (lora.r 0)")
-        if self.kl_scope == "microbatch" and self.loss_type == "kto":
+        if self.kl_scope == "microbatch":
             self._require("reference", self.reference != "cache", "auto, adapter or copy with kl_scope=microbatch, whose rows vary")
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Samples:
@@ -68,8 +69,8 @@ class KTOConfig(RunConfig):
         return data
 
     def objective(self, model: Any, data: Dataset, folder: Path) -> KTO:
-        alone = self.kl_scope == "microbatch" and self.loss_type == "kto"  # rows that nothing can have been cached of
-        config = replace(self, reference="copy") if alone and self.reference == "auto" and not self.lora.enabled else self
+        uncached = self.kl_scope == "microbatch" and self.reference == "auto" and not self.lora.enabled  # its rows cannot be known before
+        config = replace(self, reference="copy") if uncached else self
         return KTO(self, model, data, build_reference(model, config, data, folder), folder)
 
 

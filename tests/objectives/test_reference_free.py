@@ -118,6 +118,7 @@ def test_pairs_with_nothing_scored_do_no_harm(case: str) -> None:
         (CPOConfig(loss_type="kto_pair"), "loss_type must be one of sigmoid, hinge, ipo, simpo, alphapo"),  # type: ignore[arg-type]
         (CPOConfig(label_smoothing=0.1, loss_type="hinge"), "label_smoothing must be 0 with loss_type=hinge"),
         (CPOConfig(label_smoothing=0.5), r"label_smoothing must be in \[0, 0.5\)"),
+        (CPOConfig(simpo_gamma=0.7), "simpo_gamma must be left at 0.5, which counts only with loss_type=simpo or alphapo, got 0.7"),
         (CPOConfig(cpo_alpha=-1.0), "cpo_alpha must be 0 or more and finite"),
         (CPOConfig(loss_type="alphapo"), "alpha must be other than 0 with loss_type=alphapo, .* 0.25"),
         (SimPOConfig(alpha=0.25), "alpha must be 0 with loss_type=simpo"),
