@@ -160,6 +160,7 @@ class Bench:
             try:
                 runs[side] = side.build(problem)
                 rows[side] = self.check(rows[side], problem, runs[side])
+                problem.forget_gradients()  # those of the check are no inputs
                 if rows[side].status == "measured":
                     rows[side] = replace(rows[side], peak_memory_mib=self.meter.peak_mib(partial(self.once, problem, runs[side])))
             except Absent as reason:

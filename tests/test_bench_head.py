@@ -78,6 +78,13 @@ def test_no_speed_for_a_wrong_answer(monkeypatch, ours, what, share, named):
         assert row.status.startswith(f"wrong answer: {named}") if error else row.status == "measured"
 
 
+def test_results_count_as_memory():
+    """A gradient of 32 MiB is in every peak, also when the run before has left one of its own."""
+    bench = head.Bench(CPU, 1, ["slab", "recompute", "TRL"])
+    rows = bench.measure(head.Block(0, (64, 1 << 16, 128), torch.float32, "trainable", late=False))
+    assert len(rows) == 3 and all(32 <= row.peak_memory_mib < 200 for row in rows)
+
+
 def test_what_cannot_run_is_named(monkeypatch):
     bench, block = head.Bench(CPU, 1, ["TRL", "Liger"]), head.Block(0, SHAPE, torch.float32, "dpo", late=False)
     monkeypatch.setattr(head_sides, "find_spec", lambda package: None)
