@@ -146,8 +146,7 @@ class DPOConfig(RunConfig):
 
 class DPO:
     """loss = sum_i w_i sum_k weight_k loss_ik / (pairs of the step), w_i the pair's weight in the data (1 where it has none), times
-    WPO's where that is used. The loss "sft" is sum_i w_i NLL_i / (chosen tokens of the step): every pair's own likelihood is
-    weighted, where TRL 1.16 weighs the mean of all by WPO's mean weight.
+    WPO's where that is used. The loss "sft" is sum_i w_i NLL_i / (chosen tokens of the step); TRL 1.16 fails on it with WPO.
 
     aot and aot_unpaired couple all pairs of the step by their ranks, for which the policy scores the step once more beforehand,
     without gradient; so they do not depend on the cut either, where TRL sorts each micro-batch by itself.

@@ -166,6 +166,12 @@ def test_likelihood_weights_and_several_losses():
     assert_equal(case.ours(ours), (loss, grad))
 
 
+def test_likelihood_weights_of_the_likelihood():
+    """WPO together with the loss "sft", which ours takes (every pair's likelihood by its own weight), stops TRL."""
+    with pytest.raises(RuntimeError, match="single memory location"):
+        Case().trl(["sft"], use_weighting=True)
+
+
 def test_cdpo_is_back():
     """TRL 1.16 takes label_smoothing for sigmoid and ignores it; its 0.24 and the paper's code do not."""
     case = Case()
