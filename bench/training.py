@@ -30,7 +30,7 @@ LOSS_TOLERANCE = 1e-4  # relative, fp32
 # side, its options beside those that both sides get, what it stands for
 SIDES: dict[str, tuple[str, dict[str, Any], str]] = {
     "fastalign": ("fastalign", {}, "fastalign, defaults"),
-    "trl_default": ("trl", {}, "TRL, defaults (gradient checkpointing; DPO and KTO: fused head)"),
+    "trl_default": ("trl", {}, "TRL, defaults (gradient checkpointing)"),
     "trl_no_checkpointing": ("trl", {"gradient_checkpointing": False}, "TRL without gradient checkpointing"),
     "trl_fastest": (
         "trl",
@@ -129,7 +129,7 @@ def check_losses(task: str, folder: Path, model: Path, data: Path, adapter: Path
     losses = {}
     for side, options in (("fastalign", TASKS[task].same), ("trl", {})):
         start = str(adapter) if adapter else None
-        spec = Spec(task, side, str(model), str(data), "", "", options, adapter=start, epochs=4, learning_rate=1e-3)
+        spec = Spec(task, side, str(model), str(data), "", "", options, adapter=start, epochs=4, learning_rate=TASKS[task].check_rate)
         losses[side] = run(folder, spec).losses
     ours, theirs = losses.values()
     if len(ours) != 4 or len(theirs) != 4 or any(abs(a - b) > LOSS_TOLERANCE * abs(b) for a, b in zip(ours, theirs)):

@@ -33,6 +33,7 @@ class Task:
     beta: float
     options: dict[str, Any] = field(default_factory=dict)  # of TRL's config, to mean the same
     same: dict[str, Any] = field(default_factory=dict)  # of ours where both sides must agree to rounding
+    check_rate: float = 1e-3  # learning rate of the steps that are compared: each should tell, and none so much that rounding does
     single: bool = False  # completions with a label, not pairs
     reference: bool = True
 
@@ -46,6 +47,7 @@ TASKS = {
         0.1,
         options={"train_sampling_strategy": "sequential"},  # the only order that it takes
         same={"kl_scope": "microbatch", "reference": "copy"},
+        check_rate=1e-4,
         single=True,
     ),
     "orpo": Task(
