@@ -96,7 +96,7 @@ def make_plan(
     group_rows          rows of the largest group that a slab may not split
     grad_outputs        differentiable outputs that were asked for
     impl                "auto": "triton" on a CUDA or ROCm device if Triton is installed, "native" on a CPU if the native library is
-                        there (`head.native`), else, and for float64, "torch"
+                        there (`head.native`) and has its vector instructions, else, and for float64, "torch"
 
     Raises ValueError for a schedule or implementation that cannot serve the request, naming one that can, and
     DependencyError for impl "triton" without Triton or "native" without its library.
@@ -223,7 +223,7 @@ def _has_triton() -> bool:
 
 @lru_cache
 def _has_native() -> bool:
-    return native.find() is not None
+    return native.find() is not None and native.isa() != "scalar"  # torch is faster than that
 
 
 def _check_schedule(schedule: str, *, hidden_grad: bool, head_grad: bool, local_loss: bool) -> None:
