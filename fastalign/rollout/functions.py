@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ def load_callable(name: str, option: str) -> Callable[..., Any]:
         raise ConfigError(f"{option} must be MODULE:FUNCTION or FILE.py:FUNCTION, got {name!r}")
     try:
         if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            spec = importlib.util.spec_from_file_location(f"fastalign_user.{Path(where).stem}", where)
             assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, SyntaxError) as error:
         raise ConfigError(f"{option}: {where} cannot be loaded: {error}") from error
     function = getattr(module, attribute, None)
     if not callable(function):

@@ -5,8 +5,8 @@ A reward function is called once for all completions of a generation, by keyword
     reward(prompts=[...], completions=[...], completion_ids=[[int, ...], ...], **columns) -> list[float | None]
 
 with one entry per completion in each list: `prompts` and `completions` are text, or messages where the prompt is a
-conversation, and every other column of the prompt's row is repeated for its completions. It may be a coroutine function.
-None means that this function has nothing to say of a completion.
+conversation, and every other column of the prompt's row, unless it has one of these names, is repeated for its completions.
+It may be a coroutine function. None means that this function has nothing to say of a completion.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def score(
     table = []
     for reward in rewards:
         given = {"prompts": list(prompts), "completions": list(completions), "completion_ids": [list(ids) for ids in completion_ids]}
-        values = _call(reward, given | {name: list(column) for name, column in columns.items()}, timeout)
+        values = _call(reward, {name: list(column) for name, column in columns.items()} | given, timeout)
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
             raise RewardError(f"reward {reward.name}: expected a list of {len(completions)} numbers, one per completion, got {got}")

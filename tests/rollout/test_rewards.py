@@ -56,7 +56,10 @@ def test_functions_get_every_column_and_may_abstain():
 
     assert scored(mine, answer=["x", "y"])[0] == [1.0]
     assert math.isnan(scored(mine, answer=["x", "y"])[1][0])
-    assert seen == {"prompts": ["p", "p"], "completions": ["a", "b"], "completion_ids": [[0], [0]], "answer": ["x", "y"]}
+    own = {"prompts": ["p", "p"], "completions": ["a", "b"], "completion_ids": [[0], [0]]}
+    assert seen == {**own, "answer": ["x", "y"]}
+    score([Reward("mine", mine)], ["p", "p"], ["a", "b"], [[0], [0]], {"completions": ["of", "the data"], "answer": ["x", "y"]})
+    assert seen == {**own, "answer": ["x", "y"]}
 
 
 def test_coroutine_functions_are_awaited_also_under_a_time_limit():
@@ -95,7 +98,11 @@ def _times_out(**_):
 
 
 def test_rewards_are_loaded_by_name(tmp_path):
-    (tmp_path / "own.py").write_text("def close(completions, **_):\n    return [0.0] * len(completions)\n")
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Limits:\n    low: float = 0.0\n\n"
+        "def close(completions, **_):\n    return [Limits().low] * len(completions)\n"
+    )
+    (tmp_path / "torn.py").write_text("def close(:\n")
     found = load_rewards(["numeric_match", f"{tmp_path}/own.py:close"], [1.0, 0.5])
     assert [(r.name, r.weight) for r in found] == [("numeric_match", 1.0), ("close", 0.5)]
     for names, weights, message in [
@@ -103,6 +110,7 @@ def test_rewards_are_loaded_by_name(tmp_path):
         (["repetition"], [1.0, 2.0], "one finite number for each of the 1"),
         (["repetition", "repetition"], None, "two functions have the same name"),
         (["no.py:f"], None, "rewards: no.py cannot be loaded"),
+        ([f"{tmp_path}/torn.py:close"], None, r"torn.py cannot be loaded: .*\(torn.py, line 1\)"),
     ]:
         with pytest.raises(ConfigError, match=message):
             load_rewards(names, weights)
