@@ -230,15 +230,17 @@ def _examples(path: str) -> Iterator[tuple[str, Row]]:
             raise DataError(f"{place}: column 'completions' must be a list of at least one completion")
         for completion in completions:
             check_turns(place, "completions", completion)
+        for column in (SCORES, "ranks", HUMAN):
+            given = row.get(column)
+            numbers = isinstance(given, list) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in given)
+            if given is not None and not (numbers and len(given) == len(completions)):
+                raise DataError(
+                    f"{place}: column {column!r} must be one number for each of the {len(completions)} completions, got {given!r:.200}"
+                )
         if SCORES in row:
             row[HUMAN] = row.pop(SCORES)
-        elif "ranks" in row:
-            row[HUMAN] = [-rank if isinstance(rank, (int, float)) else rank for rank in row.pop("ranks")]
-        human = row.get(HUMAN)
-        if human is not None and (len(human) != len(completions) or not all(isinstance(x, (int, float)) for x in human)):
-            raise DataError(
-                f"{place}: scores or ranks must be one number for each of the {len(completions)} completions, got {human!r:.200}"
-            )
+        elif row.get("ranks") is not None:
+            row[HUMAN] = [-rank for rank in row.pop("ranks")]
         yield place, row
 
 

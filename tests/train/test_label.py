@@ -130,6 +130,11 @@ def test_an_output_is_not_overwritten(config):
         ({"prompt": "a", "completions": []}, "at least one completion"),
         ({"prompt": "a", "completions": ["b", 3]}, "column 'completions': expected text"),
         ({"prompt": "a", "completions": ["b", "c"], "scores": [1]}, "one number for each of the 2"),
+        (
+            {"prompt": "a", "completions": ["b", "c"], "scores": 3},
+            "column 'scores' must be one number for each of the 2 completions, got 3",
+        ),
+        ({"prompt": "a", "completions": ["b", "c"], "ranks": 1}, "column 'ranks' must be one number"),
         ({"prompt": "a", "completions": ["b", "c"], "ranks": ["first", "second"]}, "one number for each of the 2"),
     ],
 )
