@@ -99,6 +99,10 @@ class EvalConfig:
             raise ConfigError(f"loss_type must be one of {', '.join(PREFERENCE_LOSSES)}, got {self.loss_type!r}")
         if self.kl and self.reference == "none":
             raise ConfigError("kl is a divergence from the reference, which --reference none leaves out; name one")
+        if self.kl and self.judge.is_named:
+            raise ConfigError(
+                "kl is measured on the data's own answers, a judge compares the model's; run eval once with kl and once with judge"
+            )
         if self.judge.is_named:
             self.judge.validate()
         if self.max_new_tokens < 1:
@@ -140,11 +144,17 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     found = locate(config.model.path)
     started = time.perf_counter()
     if is_reward_model(found.path):
-        if config.kl or config.reference not in ("auto", "none"):
-            raise ConfigError(f"{found.path} is a reward model, which scores without a reference; leave out reference and kl")
+        if config.kl or config.judge.is_named or config.reference not in ("auto", "none"):
+            raise ConfigError(
+                f"{found.path} is a reward model, which scores without a reference and answers nothing; leave out reference, kl, judge"
+            )
         reference, figures = None, _of_reward_model(config, found)
     else:
         reference = found.start if config.reference == "auto" else None if config.reference == "none" else locate(config.reference).path
+        if config.kl and not reference:
+            raise ConfigError(
+                f"kl is a divergence from the reference, and {found.path} says of no model that it began with; set --reference DIR"
+            )
         measure = _of_answers if config.judge.is_named else _of_pairs if _holds_pairs(config.data) else _of_texts
         figures = measure(config, found, reference)
         if config.kl and reference:

@@ -21,6 +21,7 @@ from fastalign.models.save import save_final
 from fastalign.models.value_head import load_reward_model
 from fastalign.train.evaluate import EvalConfig, EvalDataConfig, evaluate, locate
 from fastalign.train.evaluation_page import write_page
+from fastalign.train.label import JudgeConfig
 from fastalign.train.measures import calibration, preference_figures, reward_figures, text_figures, wilson
 
 
@@ -230,6 +231,10 @@ def test_kl_is_that_of_the_models_own_logits(work: Path, tmp_path: Path) -> None
     assert evaluate(config(work, "policy", reference=str(work / "policy"), kl=True))["kl"] == pytest.approx(0.0, abs=1e-6)
     with pytest.raises(ConfigError, match="kl is a divergence from the reference"):
         evaluate(config(work, "policy", reference="none", kl=True))
+    with pytest.raises(ConfigError, match="says of no model that it began with; set --reference DIR"):
+        evaluate(config(work, "policy", kl=True))
+    with pytest.raises(ConfigError, match="run eval once with kl and once with judge"):
+        evaluate(config(work, "policy", kl=True, judge=JudgeConfig(function="judge.py:f")))
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +266,7 @@ def test_figures_of_a_reward_model_equal_those_of_transformers(work: Path, rewar
     assert all(f"<h3>{title}</h3>" in page for title in ("Reliability", "Margins", "Rewards"))
     assert page.count("data:image/png;base64") == 3
     assert f"<td>accuracy</td><td>{result['accuracy']:.4f}</td>" in page
-    with pytest.raises(ConfigError, match="is a reward model, which scores without a reference; leave out reference and kl"):
+    with pytest.raises(ConfigError, match="is a reward model, which scores without a reference and answers nothing; leave out"):
         evaluate(config(work, "reward", reference=str(work / "start")))
 
 
