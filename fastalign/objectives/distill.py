@@ -76,10 +76,13 @@ class DistillConfig(RunConfig):
             own = load_tokenizer(self.teacher.path, trust_remote_code=self.teacher.trust_remote_code).get_vocab()
         except TemplateError as error:
             raise ModelError(f"teacher.path: {error}") from error
-        if differing := sorted(token for token, i in tokenizer.get_vocab().items() if own.get(token, i) != i):
+        theirs = {i: token for token, i in own.items()}
+        vocabulary = tokenizer.get_vocab().items()
+        if differing := sorted((i, token) for token, i in vocabulary if own.get(token, i) != i or theirs.get(i, token) != token):
+            i, token = differing[0]
             raise ConfigError(
-                f"teacher {self.teacher.path} and model {self.model.path} have different vocabularies (token {differing[0]!r} is "
-                f"{own[differing[0]]} there and {tokenizer.get_vocab()[differing[0]]} here); distil from a teacher of the same family"
+                f"teacher {self.teacher.path} and model {self.model.path} have different vocabularies (id {i} is {theirs.get(i)!r} there "
+                f"and {token!r} here); distil from a teacher of the same family"
             )
         return super().load_model(tokenizer)
 

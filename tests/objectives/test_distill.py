@@ -180,8 +180,12 @@ def test_teachers_that_cannot_teach_are_named(inputs: Path) -> None:
     with pytest.raises(ModelError, match=r"teacher\.path: .*gone: no usable tokenizer"):
         train(config(inputs, "gone"))
     save_tiny(inputs / "other words", "llama", tokenizer=tiny_tokenizer("word"))
-    with pytest.raises(ConfigError, match=r"different vocabularies \(token .* is \d+ there and \d+ here\)"):
+    with pytest.raises(ConfigError, match=r"different vocabularies \(id \d+ is .* there and '.*' here\)"):
         train(config(inputs, "other words"))
+    strange = save_tiny(inputs / "strange", "llama") / "tokenizer.json"
+    strange.write_text(strange.read_text().replace("<|user|>", "<|human|>"))  # the same ids, one of which is another token
+    with pytest.raises(ConfigError, match=r"\(id \d+ is '<\|human\|>' there and '<\|user\|>' here\)"):
+        train(config(inputs, "strange"))
     small = load_model(tiny_model("llama", vocab_size=300))
     with pytest.raises(ModelError, match="the teacher's head has 300 rows, the model's 320"):
         Distill(DistillConfig(output="run"), load_model(student()), small)
