@@ -62,14 +62,17 @@ def load_reward_model(model: str | Path | ModelConfig, *, pad_token_id: int, lor
 
 
 def is_reward_model(path: str | Path) -> bool:
-    """Whether a folder holds a reward model or an adapter of one; a hub name is none."""
-    folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
-    if not (folder / "config.json").is_file():
-        return False
-    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ()
-    return any(name.endswith("ForSequenceClassification") for name in names)
+    """Whether a folder holds a reward model or an adapter of one; a hub name is none. Raises ModelError for a config that is no JSON."""
+    for name in ("adapter_config.json", "config.json"):
+        if not (file := Path(path) / name).is_file():
+            continue
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{file}: no JSON ({error}); the folder is damaged, write or copy it again") from error
+        names = config.get("architectures") or ()
+        return config.get("task_type") == "SEQ_CLS" or any(name.endswith("ForSequenceClassification") for name in names)
+    return False
 
 
 def scores(model: Any, batch: PackedBatch) -> Tensor:

@@ -121,3 +121,11 @@ def test_models_that_cannot_be_reward_models_are_named(folders: Path, tmp_path: 
     AutoModelForSequenceClassification.from_config(tiny_config("qwen3", num_labels=3)).save_pretrained(tmp_path / "three")
     with pytest.raises(ModelError, match="a classifier of 3 labels; a reward model has one score"):
         fresh(tmp_path / "three")
+
+
+def test_a_torn_config_is_named(tmp_path: Path) -> None:
+    assert not is_reward_model(tmp_path)
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(ModelError, match=rf"/{name}: no JSON \(.*\); the folder is damaged"):
+            is_reward_model(tmp_path)
