@@ -32,6 +32,8 @@ _HOMES = {
     "ORPOConfig": "fastalign.objectives.orpo",
     "CPOConfig": "fastalign.objectives.cpo",
     "SimPOConfig": "fastalign.objectives.cpo",
+    "GRPOConfig": "fastalign.objectives.grpo",
+    "RLOOConfig": "fastalign.objectives.rloo",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -52,9 +54,11 @@ if TYPE_CHECKING:
     from fastalign.objectives.cpo import SimPOConfig as SimPOConfig
     from fastalign.objectives.distill import DistillConfig as DistillConfig
     from fastalign.objectives.dpo import DPOConfig as DPOConfig
+    from fastalign.objectives.grpo import GRPOConfig as GRPOConfig
     from fastalign.objectives.kto import KTOConfig as KTOConfig
     from fastalign.objectives.orpo import ORPOConfig as ORPOConfig
     from fastalign.objectives.reward import RewardConfig as RewardConfig
+    from fastalign.objectives.rloo import RLOOConfig as RLOOConfig
     from fastalign.objectives.sft import SFTConfig as SFTConfig
     from fastalign.segments import segment_mean as segment_mean
     from fastalign.segments import segment_sum as segment_sum

@@ -43,9 +43,18 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def head_vocab_size(path: str | Path) -> int | None:
     """Rows of the LM head that a model folder's config.json declares; None without such a folder or entry."""
+    return _declared(path, "vocab_size")
+
+
+def context_window(path: str | Path) -> int | None:
+    """Longest sequence, in tokens, that a model folder's config.json declares; None without such a folder or entry."""
+    return _declared(path, "max_position_embeddings", "n_positions")
+
+
+def _declared(path: str | Path, *names: str) -> int | None:
     try:
         config: Any = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return size if isinstance(size, int) else None
+    found = (part.get(name) for part in (config, config.get("text_config") or {}) for name in names)
+    return next((number for number in found if isinstance(number, int)), None)

@@ -63,6 +63,9 @@ class Online(Protocol):
     def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
         """What optimizer step `step`, counted from 0, trains on. Called without gradient, once for each step in turn."""
 
+    def shown(self, step: int) -> list[dict[str, Any]]:
+        """A few of the answers that optimizer step `step`, counted from 1, trains on, each a JSON object; [] when none are due."""
+
     def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
         """Metrics of what the model says to held-out prompts."""
 

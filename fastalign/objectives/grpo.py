@@ -15,6 +15,7 @@ from fastalign.data.prompts import Prompts
 from fastalign.losses import fused_triton
 from fastalign.losses.aggregate import fixed_length, sequence_mean, token_mean
 from fastalign.losses.policy import KL_ESTIMATES, POLICY_LOSSES, PolicyOutput, cispo, options_of, policy_loss, ppo_clip
+from fastalign.losses.weights import off_policy_mask
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.online import OnlineConfig, Rollout, Rollouts
@@ -44,6 +45,8 @@ class GRPOConfig(OnlineConfig):
     """Estimate of the KL divergence from the reference."""
     use_bias_correction_kl: bool = True
     """Multiply it by the importance ratio, as TRL does."""
+    off_policy_mask_threshold: float | None = None
+    """Answers with a negative advantage that have become less likely by more than this many nats per token are not learned from."""
     entropy_coef: float = 0.0
     """Bonus for the entropy of the answers' tokens."""
     loss_options: dict[str, float] = field(default_factory=dict)
@@ -60,6 +63,9 @@ class GRPOConfig(OnlineConfig):
         self._require("epsilon", 0 < self.epsilon <= 1, "in (0, 1]")
         for option in ("epsilon_high", "delta"):
             self._require(option, getattr(self, option) is None or getattr(self, option) > 0, "positive, or null")
+        threshold = self.off_policy_mask_threshold
+        self._require("off_policy_mask_threshold", threshold is None or threshold > 0, "positive, or null")
+        self._require_use("off_policy_mask_threshold", self.steps_per_draw > 1, "steps_per_generation or num_iterations above 1")
         self._require("entropy_coef", 0 <= self.entropy_coef < float("inf"), "0 or more and finite")
         try:
             options_of(POLICY_LOSSES[self.loss_type].token_loss, loss_options(self))
@@ -110,13 +116,13 @@ class GRPO:
 
     def advantages(self, rollouts: Rollouts) -> Tensor:
         """(B,) before the weights of the prompts."""
-        return group_relative(self.rollout.total(rollouts), self.rollout.groups(rollouts), scale=self.config.scale_rewards)
+        return group_relative(self.rollout.total(rollouts.rewards), self.rollout.groups(rollouts), scale=self.config.scale_rewards)
 
     def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
         config = self.config
         generation, position = divmod(step, config.steps_per_draw)
         if self.rollouts is None or self.generation != generation:
-            self.rollouts, self.generation = self.rollout.roll(prompts, (config.seed, generation)), generation
+            self.rollouts, self.generation = self.rollout.roll(prompts, (config.seed, 1 + generation), refill=config.refill), generation
             weight = torch.tensor([self.rollout.prompt_of[index].weight for index in self.rollouts.prompts.tolist()])
             self.rollouts.advantages = self.advantages(self.rollouts) * weight
         part, parts, asked = position % config.steps_per_generation, config.steps_per_generation, len(prompts)
@@ -151,14 +157,20 @@ class GRPO:
 
         def loss_of_slab(out: HeadOutput, rows: slice) -> Tensor:
             first, last = segments_in(batch.live_bounds, rows)
+            cu_seqlens = batch.live_cu_seqlens[first : last + 1] - rows.start
+            counted, keep = None if mask is None else mask[rows], None
+            if config.off_policy_mask_threshold is not None and old is not None:
+                per_token = segment_expand(advantages[first:last], cu_seqlens, out.logps.shape[0])
+                keep = off_policy_mask(out.logps, old[rows], per_token, cu_seqlens, counted, threshold=config.off_policy_mask_threshold)
             fused = fused_triton.available(out.logps)
             result: PolicyOutput = (fused_triton.policy_loss if fused else policy_loss)(
                 config.loss_type,
                 out.logps,
                 out.logps.detach() if old is None else old[rows],
                 advantages[first:last, None],
-                batch.live_cu_seqlens[first : last + 1] - rows.start,
-                mask=None if mask is None else mask[rows],
+                cu_seqlens,
+                mask=counted,
+                keep=keep,
                 denominator=denominators["count"],
                 level=self.level,
                 ref_logps=ref[rows] if ref is not None and self.kl_coef else None,
@@ -216,7 +228,15 @@ class GRPO:
         return metrics | ({"aux_loss": sums["aux_loss"]} if "aux_loss" in sums else {})
 
     def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
-        return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0, 1)))
+        return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0)))
+
+    def shown(self, step: int) -> list[dict[str, Any]]:
+        """The first two answers to each of the step's first two prompts, at the first step and every `completions_every`."""
+        size, every = self.config.num_generations, self.config.completions_every
+        if self.rollouts is None or not every or (step > 1 and step % every):
+            return []
+        groups = range(min(2, len(self.answers) // size))
+        return self.rollout.shown(self.rollouts, [self.answers[g * size + k] for g in groups for k in (0, 1)])
 
     def after_step(self, step: int) -> None:
         """A generation that has been trained on is not needed again."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import Prompts, load_prompts
+from fastalign.data.tokenizer import context_window
 from fastalign.errors import ConfigError
 from fastalign.models.adapters import has_adapter
 from fastalign.models.heads import head_spec
@@ -25,9 +26,12 @@ from fastalign.models.reference import AdapterReference, CopyReference, token_lo
 from fastalign.objectives.base import RunConfig
 from fastalign.packing import collate, pack
 from fastalign.rollout.generate import Completion, generate
+from fastalign.rollout.judges import as_text
 from fastalign.rollout.reward_model import RewardModel
 from fastalign.rollout.rewards import Reward, load_rewards, score
 from fastalign.types import PackedBatch, Sample
+
+ALIKE = 1e-8  # standard deviation of rewards below which they are equal
 
 
 @dataclass
@@ -55,6 +59,10 @@ class OnlineConfig(RunConfig):
     """Times that each of these steps is made."""
     mask_truncated_completions: bool = False
     """Answers that reached max_completion_length do not count in the loss."""
+    refill: int = 0
+    """How often prompts whose answers were all rewarded alike are answered anew, with other random numbers (dynamic sampling)."""
+    completions_every: int = 10
+    """Steps between samples of answers and rewards in completions.jsonl; 0: none."""
     generation_tokens: int = 16384
     """Prompt and answer tokens that are generated together; bounds the memory of the cache."""
     beta: float = 0.0
@@ -66,6 +74,8 @@ class OnlineConfig(RunConfig):
         super().validate()
         for option in ("num_generations", "max_completion_length", "steps_per_generation", "num_iterations", "generation_tokens"):
             self._require(option, getattr(self, option) >= 1, "at least 1")
+        for option in ("refill", "completions_every"):
+            self._require(option, getattr(self, option) >= 0, "0 or more")
         self._require("temperature", 0 < self.temperature < math.inf, "positive and finite")
         self._require("beta", 0 <= self.beta < math.inf, "0 or more and finite")
         self._require("rewards", bool(self.rewards), "at least one reward function, such as numeric_match or my_rewards.py:good")
@@ -83,12 +93,19 @@ class OnlineConfig(RunConfig):
         return self.batch_size * self.steps_per_generation
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Prompts:
+        reward_functions(self, models=False)  # mistakes in names show before anything is loaded or written
         data = load_prompts(self.data, tokenizer, vocab_size=vocab_size)
         longest = max((*data.samples, *data.eval_samples), key=lambda sample: len(sample.prompt))
         if (needed := len(longest.prompt) + self.max_completion_length) > self.max_tokens:
             raise ConfigError(
                 f"max_tokens {self.max_tokens} is less than the longest prompt (row {longest.index}, {len(longest.prompt)} tokens) and "
                 f"the longest answer ({self.max_completion_length}) together; set --max_tokens {needed} or more"
+            )
+        if (window := context_window(self.model.path)) is not None and needed > window:
+            raise ConfigError(
+                f"the model's window of {window} tokens is less than the longest prompt (row {longest.index}, {len(longest.prompt)} "
+                f"tokens) and the longest answer ({self.max_completion_length}) together; set a smaller --max_completion_length, or a "
+                "smaller --data.max_length, which leaves long prompts out"
             )
         return data
 
@@ -105,6 +122,7 @@ class Rollouts:
     advantages: Tensor  # (B,) float32
     logps: Tensor  # (T,) float32, by the policy that answered
     ref_logps: Tensor  # (T,), or (0,) without a reference
+    draws: Tensor  # (G,) int64, how often each prompt was answered; the last answers are kept
 
     @property
     def bounds(self) -> list[int]:
@@ -129,19 +147,35 @@ class Rollout:
             adapter = config.reference == "adapter" or (config.reference == "auto" and has_adapter(model))
             self.reference = (AdapterReference if adapter else CopyReference)(model, budget=config.logits_budget)
 
-    def roll(self, prompts: Sequence[Sample], seed: Sequence[int]) -> Rollouts:
-        """`num_generations` answers to each of `prompts`, rewarded, with log-probs; their advantages are still 0."""
-        asked = [prompt for prompt in prompts for _ in range(self.config.num_generations)]
-        done = self._answers(asked, seed)
+    def roll(self, prompts: Sequence[Sample], seed: Sequence[int], *, refill: int = 0) -> Rollouts:
+        """`num_generations` answers to each of `prompts`, rewarded, with log-probs; their advantages are still 0.
+
+        Up to `refill` times, the prompts whose answers were all rewarded alike are answered again. Depends on nothing but the
+        weights, the prompts and `seed`.
+        """
+        size = self.config.num_generations
+        asked = [prompt for prompt in prompts for _ in range(size)]
+        done = self._answers(asked, (*seed, 0))
+        rewards, draws = self._rewards(asked, done), torch.ones(len(prompts), dtype=torch.int64)
+        for attempt in range(1, refill + 1):
+            again = [i for g in torch.nonzero(self._deviation(rewards) < ALIKE)[:, 0].tolist() for i in range(g * size, (g + 1) * size)]
+            if not again:
+                break
+            anew = self._answers([asked[i] for i in again], (*seed, attempt))
+            rewards[again] = self._rewards([asked[i] for i in again], anew)
+            for i, completion in zip(again, anew):
+                done[i] = completion
+            draws[[i // size for i in again[::size]]] += 1
         rollouts = Rollouts(
             prompts=torch.tensor([prompt.index for prompt in asked]),
             tokens=torch.tensor([token for c in done for token in c.tokens]),
             lengths=torch.tensor([len(c.tokens) for c in done]),
             finished=torch.tensor([c.finished for c in done]),
-            rewards=self._rewards(asked, done),
+            rewards=rewards,
             advantages=torch.zeros(len(done)),
             logps=torch.empty(0),
             ref_logps=torch.empty(0),
+            draws=draws,
         )
         samples, temperature = self.samples(rollouts), self.config.temperature
         if self.needs_logps:
@@ -152,10 +186,10 @@ class Rollout:
             rollouts.ref_logps = self._score(samples, lambda batch: reference.token_logps(batch, temperature=temperature))
         return rollouts
 
-    def total(self, rollouts: Rollouts) -> Tensor:
-        """(B,) weighted sum of the reward functions; NaN where none had anything to say."""
+    def total(self, rewards: Tensor) -> Tensor:
+        """(B,) weighted sum of the reward functions, (B, F); NaN where none had anything to say."""
         weights = torch.tensor([reward.weight for reward in self.rewards])
-        return torch.where(rollouts.rewards.isnan().all(1), torch.nan, (rollouts.rewards * weights).nansum(1))
+        return torch.where(rewards.isnan().all(1), torch.nan, (rewards * weights).nansum(1))
 
     def groups(self, rollouts: Rollouts) -> Tensor:
         """(G+1,) int32 boundaries of the answers to one prompt."""
@@ -164,19 +198,20 @@ class Rollout:
     def metrics(self, rollouts: Rollouts) -> dict[str, float]:
         """Of rewards and lengths, under the names of TRL's GRPOTrainer."""
         lengths, ended = rollouts.lengths.float(), rollouts.finished
-        total = self.total(rollouts)
-        deviation = torch.stack([nan_std(group) for group in total.view(-1, self.config.num_generations)])
+        total, deviation = self.total(rollouts.rewards), self._deviation(rollouts.rewards)
         terminated = lengths[ended] if bool(ended.any()) else torch.zeros(1)
         metrics = {
             "reward": total.nanmean(),
             "reward_std": deviation.mean(),
-            "frac_reward_zero_std": (deviation < 1e-8).float().mean(),
+            "frac_reward_zero_std": (deviation < ALIKE).float().mean(),
             "completions/mean_length": lengths.mean(),
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
             "completions/mean_terminated_length": terminated.mean(),
             "completions/clipped_ratio": 1 - ended.float().mean(),
         }
+        if self.config.refill:
+            metrics |= {"refill/frac_reward_zero_std": (rollouts.draws > 1).float().mean(), "refill/draws": rollouts.draws.float().mean()}
         for reward, column in zip(self.rewards, rollouts.rewards.unbind(1)):
             metrics |= {f"rewards/{reward.name}/mean": column.nanmean(), f"rewards/{reward.name}/std": nan_std(column)}
         return {name: float(value) for name, value in metrics.items()}
@@ -186,6 +221,32 @@ class Rollout:
         parts = rollouts.tokens.split(rollouts.lengths.tolist())
         found = [self.prompt_of[index] for index in rollouts.prompts.tolist()]
         return [Sample(i, p.prompt, (tuple(part.tolist()),), p.weight) for i, (p, part) in enumerate(zip(found, parts))]
+
+    def shown(self, rollouts: Rollouts, answers: Sequence[int]) -> list[dict[str, Any]]:
+        """These answers as a reader wants them: text, length, rewards by name (None where a function had nothing to say)."""
+        parts, rows = rollouts.tokens.split(rollouts.lengths.tolist()), []
+        for i in answers:
+            index = int(rollouts.prompts[i])
+            rewards = [None if math.isnan(value) else value for value in rollouts.rewards[i].tolist()]
+            rows.append(
+                {
+                    "row": index,
+                    "prompt": as_text(self.data.turns[index]),
+                    "completion": self._text(parts[i].tolist()),
+                    "tokens": len(parts[i]),
+                    "finished": bool(rollouts.finished[i]),
+                    "rewards": {reward.name: value for reward, value in zip(self.rewards, rewards)},
+                    "advantage": float(rollouts.advantages[i]),
+                }
+            )
+        return rows
+
+    def _deviation(self, rewards: Tensor) -> Tensor:
+        """(G,) standard deviation of the total reward of the answers to a prompt."""
+        return torch.stack([nan_std(group) for group in self.total(rewards).view(-1, self.config.num_generations)])
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.data.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def _answers(self, asked: Sequence[Sample], seed: Sequence[int]) -> list[Completion]:
         config = self.config
@@ -202,7 +263,7 @@ class Rollout:
     def _rewards(self, asked: Sequence[Sample], done: Sequence[Completion]) -> Tensor:
         """(B, F)"""
         turns = [self.data.turns[prompt.index] for prompt in asked]
-        texts = [str(self.data.tokenizer.decode(list(c.tokens), skip_special_tokens=True)) for c in done]
+        texts = [self._text(c.tokens) for c in done]
         said = [text if isinstance(turn, str) else [{"role": "assistant", "content": text}] for text, turn in zip(texts, turns)]
         rows = [self.data.columns[prompt.index] for prompt in asked]
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
@@ -220,14 +281,16 @@ class Rollout:
         return torch.cat([parts[i] for i in range(len(samples))])
 
 
-def reward_functions(config: OnlineConfig) -> list[Reward]:
-    """What `config.rewards` names: functions, and reward models where a name is that of a folder."""
+def reward_functions(config: OnlineConfig, *, models: bool = True) -> list[Reward]:
+    """What `config.rewards` names: functions, and reward models where a name is that of a folder (without `models` these are left out)."""
     weights = [1.0] * len(config.rewards) if config.reward_weights is None else config.reward_weights
     if len(weights) != len(config.rewards):
         raise ConfigError(f"reward_weights: {len(weights)} weights for {len(config.rewards)} reward functions; give one for each")
     found = []
     for name, weight in zip(config.rewards, weights):
         if Path(name).is_dir():
+            if not models:
+                continue
             model = RewardModel(name, max_tokens=config.max_tokens)
             found.append(Reward(model.name, model, weight))
         else:

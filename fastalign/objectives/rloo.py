@@ -51,7 +51,7 @@ class RLOO(GRPO):
         return config.beta > 0
 
     def advantages(self, rollouts: Rollouts) -> Tensor:
-        rewards = self.rollout.total(rollouts)
+        rewards = self.rollout.total(rollouts.rewards)
         if self.config.beta:
             bounds = rewards.new_tensor(rollouts.bounds).int()
             rewards = rewards - self.config.beta * segment_sum(rollouts.logps - rollouts.ref_logps, bounds)

@@ -22,6 +22,7 @@ from fastalign.train.report import final_metrics, is_eval
 _SHOWN = (
     "loss", "divergence", "kl", "nll", "nll_loss", "mean_token_accuracy", "accuracy", "margin", "mean_reward",
     "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "num_tokens",
+    "reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/mean_length", "completions/clipped_ratio",
 )  # fmt: skip
 
 
@@ -49,7 +50,16 @@ _LIKELIHOOD = _Method(
     "Rewards are implicit: beta times the log-prob of an answer, summed or per token as the loss takes it, without a reference; "
     "accuracy is the share of pairs whose chosen answer has the higher one.",
 )
+_ONLINE = _Method(
+    "reinforcement-learning",
+    "prompts",
+    "prompts",
+    "reward is the mean of the weighted sum of the reward functions over the model's own answers, reward_std its standard deviation among "
+    "the answers to a prompt, frac_reward_zero_std the share of prompts whose answers were all rewarded alike.",
+)
 _METHODS = {
+    "grpo": _ONLINE,
+    "rloo": _ONLINE,
     "orpo": _LIKELIHOOD,
     "cpo": _LIKELIHOOD,
     "simpo": _LIKELIHOOD,
@@ -114,6 +124,20 @@ _PAPERS = {
   year = {2024},
   url = {https://arxiv.org/abs/2306.13649}
 }"""),
+    "grpo": ("https://arxiv.org/abs/2402.03300", """@article{shao2024deepseekmath,
+  title = {{DeepSeekMath}: Pushing the Limits of Mathematical Reasoning in Open Language Models},
+  author = {Shao, Zhihong and Wang, Peiyi and Zhu, Qihao and Xu, Runxin and Song, Junxiao and others},
+  journal = {arXiv:2402.03300},
+  year = {2024},
+  url = {https://arxiv.org/abs/2402.03300}
+}"""),
+    "rloo": ("https://arxiv.org/abs/2402.14740", """@inproceedings{ahmadian2024back,
+  title = {Back to Basics: Revisiting {REINFORCE}-Style Optimization for Learning from Human Feedback in {LLMs}},
+  author = {Ahmadian, Arash and Cremer, Chris and Gall{\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and others},
+  booktitle = {Annual Meeting of the Association for Computational Linguistics},
+  year = {2024},
+  url = {https://arxiv.org/abs/2402.14740}
+}"""),
     "reward": ("https://arxiv.org/abs/2009.01325", """@inproceedings{stiennon2020learning,
   title = {Learning to Summarize from Human Feedback},
   author = {Stiennon, Nisan and Ouyang, Long and Wu, Jeffrey and Ziegler, Daniel M. and Lowe, Ryan and Voss, Chelsea and others},
@@ -149,6 +173,7 @@ def write_card(run_dir: Path | str, config: Any) -> Path:
         f"{train[-1]['step'] if train else 0} optimizer steps.\n",
         f"## Use\n\n```python\n{_usage(config.name, adapter)}\n```\n",
         f"## Training\n\n```bash\n{command(config, public=True)}\n```\n",
+        _rewards(config),
         _counts(run / "data.json", method.noun),
         "## Results\n\n| metric | training, end | held out |\n|---|---:|---:|\n" + "\n".join(table) + "\n" if table else "",
         f"Training figures are means over the last tenth of the steps. {method.note}\n" if table else "",
@@ -173,6 +198,8 @@ def command(config: Any, *, public: bool = False) -> str:
         if value is True:
             words.append(f"--{name}")
             continue
+        if public and isinstance(value, (list, tuple)):
+            value = [_public(part) if isinstance(part, str) else part for part in value]
         text = json.dumps(value) if isinstance(value, (dict, list, tuple)) else repr(value) if isinstance(value, float) else shown(value)
         words += [f"--{name}", shlex.quote(_public(text) if public else text)]
     return " ".join(words)
@@ -209,6 +236,14 @@ def _usage(algorithm: str, adapter: bool) -> str:
     if algorithm == "reward":
         lines.append('score = model(**tokenizer(text, return_tensors="pt")).logits  # of the prompt with its answer, as it was trained on')
     return "\n".join(lines)
+
+
+def _rewards(config: Any) -> str:
+    """What an online run was rewarded for."""
+    names = getattr(config, "rewards", [])
+    weights = getattr(config, "reward_weights", None) or [1.0] * len(names)
+    lines = [f"- `{_public(name)}`{'' if weight == 1 else f', weight {weight:g}'}" for name, weight in zip(names, weights)]
+    return "## Rewards\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _counts(path: Path, noun: str) -> str:

@@ -34,6 +34,14 @@ CURVES = (
         "loss", "Loss", "nats", (("loss", "loss", BLUE),),
         "What the run minimises, per token of SFT and else per sample. log 2 = 0.693 for DPO before any step.",
     ),
+    Curve("reward", "Reward", "reward", (("reward", "reward", BLUE),), "Of the answers, all reward functions together; their mean."),
+    Curve(
+        "completions", "Length of answers", "tokens", (("completions/mean_length", "mean", BLUE),), "Those that were cut off included.",
+    ),
+    Curve(
+        "alike", "Prompts that teach nothing", "share of prompts", (("frac_reward_zero_std", "share", BLUE),),
+        "Prompts whose answers were all rewarded alike.", (-0.02, 1.02),
+    ),
     Curve(
         "accuracy", "Reward accuracy", "share of pairs", (("rewards/accuracies", "accuracy", BLUE), ("accuracy", "accuracy", BLUE)),
         "How often the better answer has the higher reward. 0.5 is chance.", (-0.02, 1.02), 0.5,

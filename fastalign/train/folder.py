@@ -22,7 +22,10 @@ _LOCK = ".lock"  # held while a process trains; the kernel lets go of it when th
 TEMPORARY = ".writing-"  # begins the name of a folder that is still being written
 
 # What a run writes at the top of its folder; overwriting deletes these and nothing else. The mark goes last.
-RUN_FILES = ("checkpoints", "final", "reference", "report", "report.html", "data.json", "config.yaml", "tensorboard", "wandb", MARK)
+RUN_FILES = (
+    "checkpoints", "final", "reference", "report", "report.html", "data.json", "completions.jsonl", "config.yaml", "tensorboard", "wandb",
+    MARK,
+)  # fmt: skip
 
 
 class RunFolder:

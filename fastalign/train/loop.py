@@ -89,6 +89,7 @@ class _Run:
         self.progress = Progress()
         self.saved_step = -1
         self.metrics: dict[str, float] = {}
+        self.answers: list[dict[str, Any]] = []  # of an online step, to be written down
         self.eval_metrics: dict[str, float] = {}
 
     def run(self) -> TrainResult:
@@ -109,6 +110,7 @@ class _Run:
                 step = self.progress.step
                 if step % config.log_every == 0 or step == total:
                     logs.log(step, self.metrics)
+                logs.log_completions(step, self.answers)
                 self._check_numerics()
                 if self.data.eval_samples and (step == total or (config.eval_every and step % config.eval_every == 0)):
                     self._evaluate()
@@ -133,6 +135,7 @@ class _Run:
         if isinstance(self.objective, Online):
             with torch.no_grad():
                 samples = list(self.objective.samples(progress.step, samples))
+            self.answers = self.objective.shown(progress.step + 1)
         rate = learning_rate(progress.step, self.order.total_steps, config)
         self.optimizer.zero_grad()
         sums, denominators = run_step(self.objective, micro_batches(samples, config.max_tokens), device=self.device)

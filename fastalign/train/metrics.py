@@ -1,4 +1,7 @@
-"""Where the metrics of a run go: `metrics.jsonl`, a progress bar or plain lines, and the trackers that the user names."""
+"""Where the metrics of a run go: `metrics.jsonl`, a progress bar or plain lines, and the trackers that the user names.
+
+Answers of an online run, with their rewards, go to `completions.jsonl` beside it.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from fastalign.train.folder import writing
 
 PLAIN_LINE_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
 
+COMPLETIONS = "completions.jsonl"
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
@@ -31,7 +35,7 @@ class MetricsWriter:
     no NaN or infinity: they are written as the strings "NaN", "Infinity", "-Infinity", which `read_metrics` (and Python's
     float) turns back. Each row is flushed as it is written, so that a killed run loses none.
 
-    With `resume_step` k the file keeps the rows of steps 1..k and loses later ones and a torn last line; with 0 it starts
+    With `resume_step` k the files keep the rows of steps 1..k and lose later ones and a torn last line; with 0 they start
     empty. Raises ConfigError for an unknown logger, DependencyError for one that is not installed, OutputError when the
     disk refuses.
     """
@@ -51,7 +55,9 @@ class MetricsWriter:
         output = Path(output)
         self.path = output / "metrics.jsonl"
         check_loggers(loggers)
-        truncate_metrics(self.path, resume_step)
+        self.completions = output / COMPLETIONS
+        for path in (self.path, self.completions):
+            truncate_metrics(path, resume_step)
         with writing(self.path):
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._trackers = [_start(name, output, run_name, resume_step, dict(config or {})) for name in loggers]
@@ -70,6 +76,16 @@ class MetricsWriter:
             tracker.log(step, values)
         if self._progress:
             self._progress.update(step, values, kind)
+
+    def log_completions(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Add answers of one step to `completions.jsonl`, on the disk when this returns."""
+        if not answers:
+            return
+        lines = [json.dumps({"step": step, **answer}, allow_nan=False) + "\n" for answer in answers]
+        with writing(self.completions), open(self.completions, "a", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
 
     def sync(self) -> None:
         """Force the rows onto the disk, before a checkpoint that counts on them."""
@@ -274,6 +290,8 @@ def summary(values: Mapping[str, float]) -> str:
     formats = {
         "loss": "loss {:.4f}",
         "eval_loss": "eval loss {:.4f}",
+        "reward": "reward {:.3f}",
+        "eval_reward": "eval reward {:.3f}",
         "rewards/accuracies": "accuracy {:.3f}",
         "eval_rewards/accuracies": "eval accuracy {:.3f}",
         "accuracy": "accuracy {:.3f}",

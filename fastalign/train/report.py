@@ -14,10 +14,11 @@ from fastalign.errors import CheckpointError, ConfigError
 from fastalign.train.config import write_text
 from fastalign.train.curves import CURVES, Curve, Row, draw, finite
 from fastalign.train.folder import writing
-from fastalign.train.metrics import read_metrics
+from fastalign.train.metrics import COMPLETIONS, read_metrics
 from fastalign.train.page import TEMPLATE, escape, figure, section, table, text_of
 
 SHOWN_SAMPLES = 20
+SHOWN_FIRST = 4  # of them, answers from the run's beginning
 
 
 def write_counts(run_dir: Path | str, data: Any) -> None:
@@ -77,6 +78,7 @@ def _page(run: Path, train: Sequence[Row], evals: Sequence[Row], figures: dict[C
         _tiles(train, evals),
         section("Curves", drawn, "figures") if drawn else "<p>No step has been logged yet.</p>",
         _samples(run / "samples.jsonl"),
+        _answers(run / COMPLETIONS),
         section("Metrics", _metrics_table(train, evals)) if train or evals else "",
         section("Data", table(["", "rows"], _counts(run / "data.json"), numbers=True)) if (run / "data.json").is_file() else "",
         section("Options", table(["option", "value"], [(key, text_of(value)) for key, value in _flat(config)])) if config else "",
@@ -95,7 +97,10 @@ def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
     nothing = (None, None)
     accuracy, held_out = finals.get("rewards/accuracies") or finals.get("accuracy") or nothing
     margin, nll = finals.get("rewards/margins") or finals.get("margin") or nothing, finals.get("nll", nothing)
+    reward = finals.get("reward", nothing)
     tiles = [
+        ("held-out reward", reward[1], "{:.3f}"),
+        ("training reward", reward[0], "{:.3f}"),
         ("held-out accuracy", held_out, "{:.1%}"),
         ("training accuracy", accuracy, "{:.1%}"),
         ("held-out perplexity", _perplexity(nll[1]), "{:.4g}"),
@@ -143,6 +148,24 @@ def _samples(path: Path) -> str:
     more = len(samples) - len(rows)
     note = f"<p class=note>and {more:,} more in samples.jsonl</p>" if more else ""
     return section("Samples", table(columns, rows, wide=True) + note)
+
+
+def _answers(path: Path) -> str:
+    """Answers of an online run with their rewards: the first few and the last ones."""
+    rows = read_metrics(path) if path.is_file() else []
+    if not rows:
+        return ""
+    chosen = rows if len(rows) <= SHOWN_SAMPLES else rows[:SHOWN_FIRST] + rows[SHOWN_FIRST - SHOWN_SAMPLES :]
+    rewards = list(dict.fromkeys(name for row in chosen for name in row["rewards"]))
+    cells = [
+        [text_of(row[name]) for name in ("step", "prompt", "completion")]
+        + [text_of(row["rewards"].get(name)) for name in rewards]
+        + [text_of(row["advantage"]), f"{row['tokens']:,}{'' if row['finished'] else ' (cut off)'}"]
+        for row in chosen
+    ]
+    more = len(rows) - len(chosen)
+    note = f"<p class=note>and {more:,} between them in {COMPLETIONS}</p>" if more else ""
+    return section("Answers", table(["step", "prompt", "answer", *rewards, "advantage", "tokens"], cells, wide=True) + note)
 
 
 def _counts(path: Path) -> list[tuple[str, str]]:

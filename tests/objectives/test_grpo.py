@@ -14,12 +14,13 @@ from tiny import tiny_model, tiny_tokenizer
 from fastalign import train
 from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import load_prompts
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, DataError, RewardError
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.load import load_model
 from fastalign.models.trunk import stock_attention
 from fastalign.objectives.grpo import GRPO, GRPOConfig
 from fastalign.objectives.rloo import RLOO, RLOOConfig
+from fastalign.rollout.generate import Completion
 from fastalign.train.step import micro_batches, run_step
 
 PROMPTS = ["old river", "why?", "a green lamp holds the letter", "stone"]
@@ -55,6 +56,7 @@ def config_of(place: Path, kind=GRPOConfig, **options):
         "max_tokens": 64,
         "learning_rate": 1e-2,
         "lr_schedule": "constant",
+        "seed": 10,  # with it no two answers to a prompt are rewarded alike
     }
     return kind(**given | options)
 
@@ -163,7 +165,73 @@ def test_truncated_answers_do_not_count_if_asked(place):
 def test_a_function_that_abstains_gives_no_advantage(place):
     objective, _ = rolled(place, rewards=[f"{place}/rewards.py:nothing"], num_iterations=2)
     assert torch.equal(objective.rollouts.advantages, torch.zeros(8))
-    assert torch.isnan(objective.rollout.total(objective.rollouts)).all()
+    assert torch.isnan(objective.rollout.total(objective.rollouts.rewards)).all()
+
+
+def test_prompts_whose_answers_are_rewarded_alike_are_answered_anew(place):
+    options = {"num_generations": 2, "max_completion_length": 3, "batch_size": 4, "num_iterations": 2}
+    first, _ = rolled(place, **options)
+    alike = [len(set(group)) == 1 for group in first.rollouts.rewards[:, 0].view(-1, 2).tolist()]
+    assert any(alike) and not all(alike)
+    objective, _ = rolled(place, refill=5, **options)
+    again, _ = rolled(place, refill=5, **options)
+    rollouts = objective.rollouts
+    for name, value in again.state().items():
+        assert torch.equal(value, objective.state()[name]), name
+    assert [draws > 1 for draws in rollouts.draws.tolist()] == alike
+    for g, drawn in enumerate(rollouts.draws.tolist()):
+        before, after = ([x.tolist() for x in r.tokens.split(r.lengths.tolist())[2 * g : 2 * g + 2]] for r in (first.rollouts, rollouts))
+        assert (before == after) == (drawn == 1)
+    metrics, before = objective.rollout.metrics(rollouts), first.rollout.metrics(first.rollouts)
+    assert metrics["refill/frac_reward_zero_std"] == before["frac_reward_zero_std"] == sum(alike) / 4
+    assert metrics["frac_reward_zero_std"] < before["frac_reward_zero_std"]
+    assert torch.equal(rollouts.advantages != 0, (objective.rollout._deviation(rollouts.rewards) > 0).repeat_interleave(2))
+    assert rollouts.logps.numel() == len(rollouts.tokens), "log-probs are those of the answers that are kept"
+
+
+def test_answers_of_nothing_but_the_end_are_trained_on(place, monkeypatch):
+    """Every answer is EOS at once: one token, an empty text, equal rewards; half of them are made to differ."""
+    end = tiny_tokenizer().eos_token_id
+    said = Completion((end,), (-1.0,), True)
+    monkeypatch.setattr("fastalign.objectives.online.generate", lambda model, prompts, **_: [said] * len(prompts))
+    objective, prompts = rolled(place, rewards=["repetition"], num_iterations=2)
+    assert objective.rollout.shown(objective.rollouts, [0])[0]["completion"] == ""
+    assert objective.rollout.metrics(objective.rollouts)["completions/mean_terminated_length"] == 1
+    objective.rollouts.advantages[:] = torch.tensor([1.0, -1.0]).repeat(4)
+    sums, counts = run_step(objective, micro_batches(list(objective.samples(1, prompts)), 64), device=torch.device("cpu"))
+    assert counts["count"] == 8 and float(sums["loss"]) == float(sums["loss"])
+    assert all(bool(w.grad.isfinite().all()) for w in objective.model.parameters())
+
+
+def test_a_run_whose_answers_never_end(place, tmp_path):
+    options = {"max_completion_length": 2, "mask_truncated_completions": True, "max_steps": 2, "beta": 0.1, "temperature": 1e-3}
+    result = train(config_of(place, output=str(tmp_path / "run"), **options))
+    assert result.metrics["completions/clipped_ratio"] == 1 and result.metrics["completions/mean_terminated_length"] == 0
+    assert result.metrics["loss"] == 0 and result.metrics["grad_norm"] == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[float('nan')] * n", r"reward good: completion 0 .* got nan; return a finite number, or None"),
+        ("[1.0] * (n - 1) + [float('inf')]", r"reward good: completion 7 .* got inf"),
+        ("[1.0] * (n + 1)", r"reward good: expected a list of 8 numbers, one per completion, got 9 values"),
+        ("1 / 0", r"reward good raised ZeroDivisionError"),
+    ],
+)
+def test_a_bad_reward_is_named_and_its_run_can_go_on(place, tmp_path, value, message):
+    """It goes wrong at the third step: two checkpoints are there, and the mended run ends as one that was never wrong."""
+    code = "calls = 0\ndef good(completions, **columns):\n    global calls\n    calls, n = calls + 1, len(completions)\n"
+    right = "    return [c.count('o') + 0.1 * len(c) for c in completions]\n"
+    options = {"rewards": [f"{tmp_path}/mine.py:good"], "max_steps": 4, "save_every": 1}
+    (tmp_path / "mine.py").write_text(f"{code}    if calls == 3:\n        return {value}\n{right}")
+    with pytest.raises(RewardError, match=message):
+        train(config_of(place, output=str(tmp_path / "run"), **options))
+    (tmp_path / "mine.py").write_text(code + right)
+    train(config_of(place, output=str(tmp_path / "run"), resume=True, **options))
+    train(config_of(place, output=str(tmp_path / "whole"), **options))
+    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_leave_one_out_and_the_penalty_in_the_reward(place):
@@ -187,9 +255,14 @@ def test_leave_one_out_and_the_penalty_in_the_reward(place):
 def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, lora):
     options = {"lora": LoraConfig(r=lora), "steps_per_generation": 2, "num_iterations": 2, "batch_size": 1, "beta": 0.01}
     options |= {"max_steps": 24, "save_every": 1, "keep_checkpoints": 99, "learning_rate": 2e-2, "num_generations": 8}
+    options |= {"completions_every": 3, "refill": 1, "seed": 0}
     whole = train(config_of(place, output=str(tmp_path / "whole"), **options))
     rows = [json.loads(line) for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["reward"] for row in rows[-4:]) > 2 * sum(row["reward"] for row in rows[:4])
+    shown = [json.loads(line) for line in (whole.output / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in shown[::2]] == [1, 3, 6, 9, 12, 15, 18, 21, 24]
+    prompt, text = shown[0]["prompt"], shown[0]["completion"]
+    assert prompt in PROMPTS and shown[0]["rewards"]["likes_o"] == pytest.approx(text.count("o") / len(text))
     assert {"kl", "entropy", "clip_ratio/low_mean", "completions/mean_length", "rewards/likes_o/mean"} <= set(rows[0])
     for step in (2, 4, 7):  # inside a generation, at its end, in its second pass
         again = tmp_path / f"again{step}"
@@ -201,6 +274,7 @@ def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, lora):
         train(config_of(place, output=str(again), resume=True, **options))
         kept = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
         assert [_result(row) for row in kept] == [_result(row) for row in rows]
+        assert (again / "completions.jsonl").read_text() == (whole.output / "completions.jsonl").read_text()
         name = "adapter_model.safetensors" if lora else "model.safetensors"
         ours, theirs = load_file(again / "final" / name), load_file(whole.output / "final" / name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -220,9 +294,15 @@ def _result(row):
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"reward_weights": [1.0, 2.0]}, "2 weights for 1 reward functions"),
         ({"max_tokens": 12}, "max_tokens 12 is less than the longest prompt"),
+        ({"max_tokens": 9999, "max_completion_length": 512}, "window of 512 tokens is less than the longest prompt .* smaller --max_comp"),
+        ({"data": {"max_length": 2}}, "no prompt is left"),
+        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold must be left at None"),
+        ({"refill": -1}, "refill must be 0 or more"),
         ({"rewards": ["numbers"]}, "no built-in reward is called 'numbers'"),
     ],
 )
 def test_bad_options_are_named(place, tmp_path, options, message):
-    with pytest.raises(ConfigError, match=message):
-        train(config_of(place, output=str(tmp_path / "run"), **options))
+    data = PromptDataConfig(path=str(place / "prompts.jsonl"), **options.pop("data", {}))
+    with pytest.raises((ConfigError, DataError), match=message):
+        train(config_of(place, output=str(tmp_path / "run"), data=data, **options))
+    assert not (tmp_path / "run").exists(), "nothing was written"

@@ -11,6 +11,9 @@ from typing import ClassVar
 import pytest
 import yaml
 
+from fastalign.data.config import PromptDataConfig
+from fastalign.models.config import ModelConfig
+from fastalign.objectives.grpo import GRPOConfig
 from fastalign.train.card import command, write_card
 from fastalign.train.config import flat, parse
 
@@ -99,6 +102,20 @@ def test_no_private_folder_is_published(run: Path) -> None:
     assert "/home" not in text
     assert str(run.parent) not in text
     assert "--model.path qwen --data.path pairs.jsonl" in text
+
+
+def test_card_of_an_online_run_names_its_rewards(run: Path) -> None:
+    config = GRPOConfig(ModelConfig("base"), PromptDataConfig("/home/ann/prompts.jsonl"), rewards=["/home/ann/mine.py:good", "repetition"])
+    config.reward_weights = [1.0, 0.5]
+    rows = [{"step": 1, "loss": 0.0, "reward": 0.25, "frac_reward_zero_std": 0.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    front, body = parts(write_card(run, config))
+    assert front["tags"] == ["fastalign", "grpo", "reinforcement-learning"]
+    assert "trained on the prompts in `prompts.jsonl` by GRPO" in body
+    assert "## Rewards\n\n- `mine.py:good`\n- `repetition`, weight 0.5\n" in body
+    assert "| reward | 0.25 | – |" in body
+    assert "shao2024deepseekmath" in body
+    assert "/home" not in body
 
 
 def test_command_repeats_the_run() -> None:

@@ -105,6 +105,22 @@ def test_the_page_tells_the_figures_of_the_run(run: Path) -> None:
     assert "40 optimizer steps" in text
 
 
+def test_answers_of_an_online_run(run: Path) -> None:
+    """The first four and the last sixteen, whatever they say; None where a function abstained."""
+    answer = {"row": 0, "prompt": NASTY, "completion": f"{NASTY} NaN", "tokens": 7, "finished": False, "advantage": -0.5}
+    rows = [answer | {"step": step, "rewards": {"good": float(step), NASTY: None}} for step in range(1, 31)]
+    (run / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 31, "pro')
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and "\x07" not in text
+    head = next(k for k, row in enumerate(page.cells) if row[:1] == ["step"])
+    assert page.cells[head][:4] == ["step", "prompt", "answer", "good"]
+    shown = page.cells[head + 1 : head + 21]
+    assert [row[0] for row in shown] == [str(step) for step in (*range(1, 5), *range(15, 31))]
+    assert shown[0][3:] == ["1", "–", "-0.5", "7 (cut off)"]
+    assert "and 10 between them in completions.jsonl" in text
+
+
 def test_data_counts(run: Path) -> None:
     report = SimpleNamespace(rows=10, truncated={3}, dropped={"empty <prompt>": 2})
     write_counts(run, SimpleNamespace(samples=[0] * 7, eval_samples=[0], report=report))
