@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.config import DataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
+from fastalign.data.config import DataConfig, PromptDataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
 from fastalign.data.encode import decode
 from fastalign.data.preferences import PAIRS
+from fastalign.data.prompts import PROMPTS
 from fastalign.data.ranked import RANKED
 from fastalign.data.report import DataReport
 from fastalign.data.samples import Format, Part, read_part, split_by_prompt
@@ -31,12 +32,14 @@ FORMATS: dict[type[DataConfig], Format] = {
     RankedDataConfig: RANKED,
     DataConfig: PAIRS,
     UnpairedDataConfig: UNPAIRED,
+    PromptDataConfig: PROMPTS,
 }
 OBJECTIVES: dict[str, type[DataConfig]] = {  # what trains on which data
     "sft": SupervisedDataConfig,
     "reward": RankedDataConfig,
     **dict.fromkeys(("dpo", "orpo", "cpo", "simpo"), DataConfig),
     "kto": UnpairedDataConfig,
+    **dict.fromkeys(("grpo", "rloo"), PromptDataConfig),
 }
 _ALL_COLUMNS = tuple(dict.fromkeys(name for kind in FORMATS for name in kind.column_names))
 SHOWN_PROBLEMS = 20
@@ -73,7 +76,9 @@ class AnyDataConfig(SupervisedDataConfig, UnpairedDataConfig, RankedDataConfig):
             return "kto"
         if columns & {"chosen", "rejected"}:
             return "dpo"
-        return "sft" if columns & {"text", "messages", "completion"} else "dpo"
+        if columns & {"text", "messages", "completion"}:
+            return "sft"
+        return "grpo" if "prompt" in columns else "dpo"
 
 
 def check(
@@ -161,9 +166,11 @@ def _print_counts(report: DataReport, pairs: Part, config: DataConfig, tokenizer
         row("dropped", count, f"{reason} (first at {report.dropped_at[reason]})")
     if tokenizer is not None:
         row("truncated", len(report.truncated), f"max_length={config.max_length}, {config.truncation}")
-        row("tokens", sum(sample.num_tokens for sample in pairs.samples), "all sequences, as trained on")
-        scored = sum(sample.num_targets for sample in pairs.samples)
-        row("scored", scored, "tokens that are labels")
+        if any(sample.completions for sample in pairs.samples):
+            row("tokens", sum(sample.num_tokens for sample in pairs.samples), "all sequences, as trained on")
+            row("scored", sum(sample.num_targets for sample in pairs.samples), "tokens that are labels")
+        else:
+            row("tokens", sum(len(sample.prompt) for sample in pairs.samples), "of prompts, to be answered")
         same = ", also the padding token: harmless, nothing is padded" if tokenizer.pad_token == tokenizer.eos_token else ""
         row("EOS", str(tokenizer.eos_token_id), f"{tokenizer.eos_token!r}{same}")
         if config.eval_fraction and len(set(pairs.prompt_keys)) > 1:

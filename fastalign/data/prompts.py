@@ -27,6 +27,22 @@ class Prompts(Samples):
     tokenizer: Any = None  # which wrote the prompts and reads the answers
 
 
+def parse_prompt(place: str, index: int, row: Row, config: DataConfig) -> Example:
+    """The prompt of a row, without completions. Raises DataError for a row that asks nothing."""
+    given = Fields(place, row, config)
+    given.require("prompt")
+    options = given.options()
+    prompt = given.turns("prompt")
+    if not has_text(prompt):
+        raise DataError(f"{given.where('prompt')}: the prompt is empty; give a prompt or remove the row")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise DataError(f"{given.where('prompt')}: the last message is the assistant's, so there is nothing to answer; remove it")
+    return Example(place, index, prompt, (), **options)
+
+
+PROMPTS = Format("prompt", (), lambda place, index, row, config: [parse_prompt(place, index, row, config)])
+
+
 def load_prompts(config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> Prompts:
     """The prompts of `config.path`, tokenized as they are at inference; see `load` for the arguments and errors.
 
@@ -36,17 +52,11 @@ def load_prompts(config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase, *
     columns: dict[int, Row] = {}
 
     def parse(place: str, index: int, row: Row, config: DataConfig) -> Sequence[Example | Dropped]:
-        given = Fields(place, row, config)
-        given.require("prompt")
-        options = given.options()
-        prompt = given.turns("prompt")
-        if not has_text(prompt):
-            raise DataError(f"{given.where('prompt')}: the prompt is empty; give a prompt or remove the row")
-        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-            raise DataError(f"{given.where('prompt')}: the last message is the assistant's, so there is nothing to answer; remove it")
-        turns[index] = prompt
-        columns[index] = {name: value for name, value in row.items() if name != given.names["prompt"]}
-        return [Example(place, index, prompt, (), **options)]
+        example = parse_prompt(place, index, row, config)
+        assert example.prompt is not None
+        turns[index] = example.prompt
+        columns[index] = {name: value for name, value in row.items() if name != config.columns.get("prompt", "prompt")}
+        return [example]
 
     loaded = load(Format("prompt", (), parse), config, tokenizer, vocab_size=vocab_size)
     kept = {sample.index for sample in (*loaded.samples, *loaded.eval_samples)}

@@ -15,7 +15,7 @@ from rows import MARKED
 from tiny import EOS, preference_rows, save_tiny, tiny_tokenizer
 
 from fastalign.data.check import check, visible
-from fastalign.data.config import DataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
+from fastalign.data.config import DataConfig, PromptDataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.errors import ConfigError
 
@@ -244,3 +244,17 @@ def test_rankings_are_shown_from_the_best_down(tmp_path: Path) -> None:
     status, output = run(tmp_path, [{**row, "scores": [1, 9, 2]}], kind=RankedDataConfig, scale_max=5.0)
     assert status == 1
     assert "column 'scores', entry 1: 9 is outside the scale (at most 5); mend the score, or data.scale_min" in output
+
+
+def test_prompts(tmp_path: Path) -> None:
+    rows: list[Any] = [{"prompt": "old river", "answer": "x"}, {"prompt": "old " * 30}]
+    rows.append({"prompt": [{"role": "user", "content": "why?"}]})
+    status, output = run(tmp_path, rows, kind=PromptDataConfig, max_length=20)
+    assert status == 0
+    assert cells(output, "prompts") == ["2", "1 rows hold messages, the others text"]
+    assert cells(output, "dropped")[0] == "1"
+    kept = len(TOKENIZER("old river")["input_ids"]) + len(TOKENIZER("<|user|>why?<|assistant|>")["input_ids"])
+    assert cells(output, "tokens") == [str(kept), "of prompts, to be answered"]
+    assert "old river" in output and output.endswith("ok: 2 prompts\n")
+    status, output = run(tmp_path, [*rows, {"prompt": ""}], kind=PromptDataConfig)
+    assert status == 1 and "the prompt is empty" in output

@@ -416,6 +416,7 @@ def test_the_kind_of_a_file_is_seen_from_its_columns(tmp_path: Path) -> None:
         "sft": {"messages": [USER, GOOD]},
         "kto": {"prompt": "a", "completion": "b", "label": True},
         "dpo": preference_rows(1)[0],
+        "grpo": {"prompt": "a", "answer": "b"},
         "reward": {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2]},
     }
     for name, row in rows.items():
