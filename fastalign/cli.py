@@ -237,7 +237,7 @@ def _data_convert(argv: list[str]) -> int:
 class DemoConfig:
     """Builds a small model and tokenizer from nothing, trains it on generated data, and shows before and after."""
 
-    objective: str = "dpo"  # what to show: sft, reward, dpo, orpo, cpo, simpo, kto or distill
+    objective: str = "dpo"  # what to show: sft, reward, dpo, orpo, cpo, simpo, kto, distill, grpo or rloo
     output: str = "demo"  # folder for the model, the data and the run
 
 

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastalign import demo_data
+from fastalign import demo_data, demo_task
 from fastalign.demo_model import (
     Size,
     answer_log_probs,
@@ -39,6 +39,7 @@ from fastalign.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Row = dict[str, Any]
@@ -46,10 +47,11 @@ Row = dict[str, Any]
 COLOURS = {"helpful": "green", "dismissive": "red", "mixed": "yellow", "neither": "yellow"}
 BATCH_SIZE = 16
 _PAIR = ("chosen", "rejected")
+_SORTING = {"rewards": ["exact_match"], "num_generations": 8, "max_completion_length": 8, "learning_rate": 2e-4}
 OWN_FILES = ("model", "train.jsonl", "heldout.jsonl", "samples.jsonl", "run", "teacher", "demo.json")
 
 
-def _pairs(rows: Sequence[Row]) -> list[Row]:
+def _as_given(rows: Sequence[Row]) -> list[Row]:
     return list(rows)
 
 
@@ -71,6 +73,23 @@ def _unclosed(rows: Sequence[Row]) -> list[Row]:
 
 
 @dataclass(frozen=True)
+class World:
+    """What the demo's model has read before it is trained."""
+
+    conversations: Callable[[random.Random], Iterator[list[dict[str, str]]]]
+    kinds: str  # of conversations
+    unseen: str  # what the held-out questions are about
+    batch: int = 1  # conversations per row of `Size.pretrain_batch`: short ones go together
+    answers_only: bool = False
+
+
+MANNERS = World(demo_data.conversations, "half helpful, half dismissive", "things")
+DIGITS = World(
+    demo_task.conversations, "where digits are copied, reversed, or sorted either way", "sets of digits", batch=3, answers_only=True
+)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What a demo trains, on what, and how."""
 
@@ -79,22 +98,26 @@ class Recipe:
     data: str  # what a row of the training data is, in the plural
     rows: Callable[[Sequence[Row]], list[Row]]  # of the training data, from preference pairs
     options: dict[str, Any]
+    world: World = MANNERS
 
 
 RECIPES = {
     "sft": Recipe("SFT: imitate helpful answers", "SFTConfig", "helpful answers", _helpful, {"learning_rate": 3e-4}),
     "reward": Recipe("Reward model: helpful scores above dismissive", "RewardConfig", "pairs", _unclosed, {"learning_rate": 3e-4}),
-    "dpo": Recipe("DPO: helpful over dismissive", "DPOConfig", "pairs", _pairs, {"learning_rate": 1e-4, "beta": 0.3}),
-    "orpo": Recipe("ORPO: helpful over dismissive", "ORPOConfig", "pairs", _pairs, {"learning_rate": 3e-4}),
-    "cpo": Recipe("CPO: helpful over dismissive", "CPOConfig", "pairs", _pairs, {"learning_rate": 1e-4}),
-    "simpo": Recipe("SimPO: helpful over dismissive", "SimPOConfig", "pairs", _pairs, {"learning_rate": 1e-4}),
+    "dpo": Recipe("DPO: helpful over dismissive", "DPOConfig", "pairs", _as_given, {"learning_rate": 1e-4, "beta": 0.3}),
+    "orpo": Recipe("ORPO: helpful over dismissive", "ORPOConfig", "pairs", _as_given, {"learning_rate": 3e-4}),
+    "cpo": Recipe("CPO: helpful over dismissive", "CPOConfig", "pairs", _as_given, {"learning_rate": 1e-4}),
+    "simpo": Recipe("SimPO: helpful over dismissive", "SimPOConfig", "pairs", _as_given, {"learning_rate": 1e-4}),
     "kto": Recipe("KTO: single answers, helpful or not", "KTOConfig", "labelled answers", _labelled, {"learning_rate": 3e-4, "beta": 0.3}),
     "distill": Recipe(
         "Distillation: a helpful teacher, on answers of either manner", "DistillConfig", "answers", _either, {"learning_rate": 3e-4}
     ),
+    "grpo": Recipe("GRPO: digits in ascending order, by reward alone", "GRPOConfig", "prompts", _as_given, _SORTING, DIGITS),
+    "rloo": Recipe("RLOO: digits in ascending order, by reward alone", "RLOOConfig", "prompts", _as_given, _SORTING, DIGITS),
 }
 
 MEASURES = {  # of a verdict: label and form
+    "success": ("answers that are right", "{:.0%}"),
     "accuracy": ("preference accuracy", "{:.3f}"),
     "margin": ("margin, nats", "{:+.2f}"),
     "perplexity": ("perplexity of helpful answers", "{:.2f}"),
@@ -119,6 +142,8 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
     if objective not in RECIPES:
         raise ConfigError(f"demo: no demo for objective {objective!r}; there is one for {', '.join(RECIPES)}")
     recipe, size, console = RECIPES[objective], size or Size(), console or Console()
+    world = recipe.world
+    size = replace(size, pretrain_batch=size.pretrain_batch * world.batch)
     folder = _claim(Path(output))
     started = time.perf_counter()
 
@@ -127,28 +152,31 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
     model = build_model(tokenizer, size)
     console.print(
         f"Qwen3 architecture, {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}; pretraining on "
-        f"{size.pretrain_steps * size.pretrain_batch:,} generated conversations, half helpful, half dismissive"
+        f"{size.pretrain_steps * size.pretrain_batch:,} generated conversations, {world.kinds}"
     )
     with one_thread():
-        loss = pretrain(model, tokenizer, size, console)
+        loss = pretrain(model, tokenizer, size, console, world.conversations(random.Random(1)), answers_only=world.answers_only)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     console.print(f"pretraining loss {loss:.2f} nats per token, {time.perf_counter() - started:.0f} s")
 
-    pairs, asked = make_pairs(tokenizer, size)
+    pairs, asked = make_prompts(size) if world is DIGITS else make_pairs(tokenizer, size)
     for name, rows in (("train", pairs), ("heldout", asked)):
         _write_rows(folder / f"{name}.jsonl", recipe.rows(rows))
     reward = objective == "reward"
     if reward:
         judge: Judge = judge_scores
         asked = recipe.rows(asked)
+    elif world is DIGITS:
+        judge = judge_success
     else:
         judge = partial(judge_answers, teacher=_teach(folder, pairs, size, console) if objective == "distill" else None)
     with one_thread():
         before, shown_before = judge(model, tokenizer, asked, size)
 
     console.rule(f"[bold]2. {recipe.title}")
-    console.print(f"{len(pairs)} {recipe.data}; the {len(asked)} held-out questions are about things that occur in no training text")
+    unseen = f"the {len(asked)} held-out questions are about {world.unseen} that occur in no training text"
+    console.print(f"{len(pairs)} {recipe.data}; {unseen}")
     result, command = align(folder, recipe, size)
     trained = load(result / "final", reward=reward)
     with one_thread():
@@ -184,6 +212,12 @@ def make_pairs(tokenizer: PreTrainedTokenizerFast, size: Size) -> tuple[list[Row
     training = demo_data.pairs(random.Random(2), size.pairs, held_out=False, count_tokens=count_tokens)
     heldout = demo_data.pairs(random.Random(3), size.heldout, held_out=True, count_tokens=count_tokens)
     return training, heldout
+
+
+def make_prompts(size: Size) -> tuple[list[Row], list[Row]]:
+    """Training and held-out prompts with their right answers."""
+    training = demo_task.prompts(random.Random(2), size.pairs, held_out=False)
+    return training, demo_task.prompts(random.Random(3), size.heldout, held_out=True)
 
 
 def align(folder: Path, recipe: Recipe, size: Size) -> tuple[Path, str]:
@@ -244,6 +278,15 @@ def judge_answers(
     return verdict, [{"prompt": row["prompt"][0]["content"], "shown": answer} for row, answer in zip(asked, answers)]
 
 
+def judge_success(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], size: Size
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """How often a sampled answer is right."""
+    answers = sample(model, tokenizer, [row["prompt"] for row in rows])
+    shown = [{"prompt": row["prompt"][0]["content"], "right": row["answer"], "shown": a} for row, a in zip(rows, answers)]
+    return {"success": _share(a == row["answer"] for row, a in zip(rows, answers))}, shown[: size.samples]
+
+
 @torch.no_grad()
 def judge_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], size: Size
@@ -263,24 +306,32 @@ def judge_scores(
 
 def _show(console: Console, samples: Sequence[dict[str, str]], summary: dict[str, Any]) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     scored = "chosen" in samples[0]
     heads = ("helpful answer", "dismissive answer", "log-probs", "scores") if scored else ("before", "after")
     table = Table("held-out question", *heads, title="scores" if scored else "sampled answers", show_lines=True)
     for row in samples[:6]:
         answers = [row[key] for key in _PAIR] if scored else []
-        coloured = [Text(row[when], style=COLOURS[demo_data.manner_of(row[when])]) for when in ("before", "after")]
+        coloured = [_coloured(row[when], row.get("right")) for when in ("before", "after")]
         table.add_row(row["prompt"], *answers, *coloured)
     console.print(table)
 
-    table = Table("held out: things never seen in training", "before", "after")
+    table = Table(f"held out: {RECIPES[summary['objective']].world.unseen} never seen in training", "before", "after")
     for name, (label, form) in MEASURES.items():
         if name in summary["before"]:
             table.add_row(label, *(form.format(summary[when][name]) for when in ("before", "after")))
     console.print(table)
     console.print(f"{summary['seconds']:.0f} s in all. Report: [bold]{summary['report']}[/bold]", soft_wrap=True)
     console.print(f"Train it again yourself:\n  {summary['command']}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _coloured(answer: str, right: str | None) -> Text:
+    """An answer in the colour of its manner, or of its reward where there is a right one."""
+    from rich.text import Text
+
+    if right is None:
+        return Text(answer, style=COLOURS[demo_data.manner_of(answer)])
+    return Text(f"{answer}  (reward {int(answer == right)})", style="green" if answer == right else "red")
 
 
 def _write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -95,13 +95,24 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, size: Size, console: Console) -> float:
-    """Next-token training on generated conversations, one per row, in plain torch. Returns the mean loss of the last steps."""
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    size: Size,
+    console: Console,
+    stream: Iterator[list[dict[str, str]]],
+    *,
+    answers_only: bool = False,
+) -> float:
+    """Next-token training on generated conversations, one per row, in plain torch. Returns the mean loss of the last steps.
+
+    With `answers_only` what the user says is not learned.
+    """
     from rich.progress import track
 
     from fastalign import linear_cross_entropy
 
-    stream = demo_data.conversations(random.Random(1))
+    speaks = tokenizer.convert_tokens_to_ids(ASSISTANT)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
     steps, warmup, decay = size.pretrain_steps, 20, 0.4 * size.pretrain_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup, (steps - step) / decay))
@@ -110,8 +121,11 @@ def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, size: S
     for _ in track(range(steps), "pretraining", console=console, transient=True):
         texts = tokenizer.apply_chat_template(list(islice(stream, size.pretrain_batch)), tokenize=False)
         rows = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-        target = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)[:, 1:]
-        hidden = model.model(rows["input_ids"][:, :-1], use_cache=False).last_hidden_state  # right padding: a causal model needs no mask
+        ids = rows["input_ids"]
+        target = ids.masked_fill(rows["attention_mask"] == 0, -100)[:, 1:]
+        if answers_only:
+            target = target.masked_fill((ids[:, :-1] == speaks).cumsum(1) == 0, -100)
+        hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state  # right padding: a causal model needs no mask
         loss = linear_cross_entropy(hidden, model.lm_head.weight, target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

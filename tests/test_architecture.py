@@ -17,7 +17,7 @@ LEVELS = [
     ("objectives",),
     ("train", "dropin"),
     ("serve",),
-    ("demo_data",),
+    ("demo_data", "demo_task"),
     ("demo_model",),
     ("demo",),
     ("cli",),
