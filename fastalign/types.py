@@ -21,7 +21,7 @@ class HeadOutput(NamedTuple):
     entropy: Tensor | None = None  # -sum_v p_v log p_v, differentiable
     lse: Tensor | None = None  # log sum_v exp(logit_v), differentiable
     log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2, no gradient
-    mean_logits: Tensor | None = None  # mean_v logit_v, no gradient
+    mean_logits: Tensor | None = None  # mean_v logit_v, differentiable
     is_top1: Tensor | None = None  # bool: no token is more probable than the target
 
 

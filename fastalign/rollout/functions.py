@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -11,6 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.errors import ConfigError
+
+
+def fingerprint(name: str, function: Callable[..., Any]) -> str:
+    """`name` and a digest of the file that defines the function: another fingerprint once the file is edited."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+        content = Path(file).read_bytes() if file else b""
+    except (OSError, TypeError):  # built in, or made at run time
+        content = b""
+    return f"{name} {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def load_callable(name: str, option: str) -> Callable[..., Any]:

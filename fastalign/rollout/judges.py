@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any, Literal, NamedTuple, Protocol
 
 from fastalign.errors import DependencyError, JudgeError
+from fastalign.rollout import functions
 from fastalign.rollout.functions import load_callable
 
 Turns = str | list[dict[str, Any]]  # text, or messages
@@ -53,23 +54,25 @@ class FunctionJudge:
     """
 
     function: Callable[..., Sequence[float]]
-    fingerprint: str
+    name: str
+    fingerprint: str = ""
 
     def __call__(self, prompt: Turns, completions: Sequence[Turns], columns: dict[str, Any]) -> Verdict:
         repeated = {name: [value] * len(completions) for name, value in columns.items()}
         try:
             scores = list(self.function(prompts=[prompt] * len(completions), completions=list(completions), **repeated))
         except Exception as error:
-            raise JudgeError(f"the judge {self.fingerprint} raised {type(error).__name__}: {error}") from error
+            raise JudgeError(f"the judge {self.name} raised {type(error).__name__}: {error}") from error
         good = len(scores) == len(completions) and all(isinstance(s, (int, float)) and math.isfinite(s) for s in scores)
         if not good:
-            raise JudgeError(f"the judge {self.fingerprint} must return {len(completions)} finite numbers, got {scores!r:.200}")
+            raise JudgeError(f"the judge {self.name} must return {len(completions)} finite numbers, got {scores!r:.200}")
         return Verdict(tuple(float(s) for s in scores))
 
 
 def load_function(name: str) -> FunctionJudge:
     """The judge `package.module:function` or `path/to/file.py:function`. Raises ConfigError when there is no such function."""
-    return FunctionJudge(load_callable(name, "judge.function"), name)
+    function = load_callable(name, "judge.function")
+    return FunctionJudge(function, name, functions.fingerprint(name, function))
 
 
 class EndpointJudge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastalign.data.examples import Example
 from fastalign.data.messages import Turns
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.errors import ConfigError, DataError
+from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.trunk import evaluation
 from fastalign.models.value_head import is_reward_model, load_reward_model, scores
 from fastalign.packing import collate, pack
@@ -34,6 +36,11 @@ class RewardModel:
         self.encoder = Encoder(tokenizer := load_tokenizer(folder))
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.model = load_reward_model(folder, pad_token_id=pad).requires_grad_(False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of its weights and config."""
+        return model_fingerprint(self.model)
 
     def __call__(self, prompts: Sequence[Turns], completions: Sequence[Turns], **columns: Any) -> list[float]:
         """One score per completion; a call of a reward function."""

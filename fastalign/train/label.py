@@ -199,7 +199,7 @@ class RewardModelJudge:
 
     def __init__(self, path: str) -> None:
         self.reward = RewardModel(path)
-        self.fingerprint = f"reward model {path}"
+        self.fingerprint = f"reward model {self.reward.fingerprint}"
 
     def __call__(self, prompt: Turns, completions: Sequence[Turns], columns: dict[str, Any]) -> Verdict:
         n = len(completions)

@@ -1,6 +1,7 @@
 """`fastalign label`: every row is judged once, in order, whatever interrupts it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastalign.cli import main
 from fastalign.errors import ConfigError, DataError, JudgeError, OutputError
-from fastalign.rollout.judges import Verdict
+from fastalign.rollout.judges import Verdict, load_function
 from fastalign.train.label import JudgeConfig, LabelConfig, RewardModelJudge, label
 
 ROWS = [
@@ -116,6 +117,14 @@ def test_a_part_of_other_rows_or_of_another_judge_is_refused(config):
     assert label(config, ByLength())["rows"] == 4
 
 
+def test_a_judge_whose_file_was_edited_is_another_judge(config, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def rate(completions, **_):\n    return [1.0] * len(completions)\n")
+    before = load_function(f"{file}:rate")
+    file.write_text("def rate(completions, **_):\n    return [2.0] * len(completions)\n")
+    assert load_function(f"{file}:rate").fingerprint != before.fingerprint
+
+
 def test_an_output_is_not_overwritten(config):
     label(config, ByLength())
     with pytest.raises(OutputError, match="exists; judge anew with --overwrite"):
@@ -180,7 +189,7 @@ def test_kill_and_resume(config, tmp_path):
     )
     command = [sys.executable, "-m", "fastalign", "label", config.path, "--output", config.output]
     command += ["--judge.function", f"{tmp_path}/mine.py:rate", "--judge.workers", "1"]
-    killed = subprocess.run(command, env={"DIE": "1", "PATH": ""}, capture_output=True)
+    killed = subprocess.run(command, env={**os.environ, "DIE": "1"}, capture_output=True)
     assert killed.returncode == -9
     subprocess.run(command, check=True, capture_output=True)
     assert [row["scores"] for row in read(config.output)] == [[13.0, 2.0], [2.0, 13.0], [2.0, 9.0, 2.0], [3.0]]
