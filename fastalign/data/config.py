@@ -131,6 +131,7 @@ class PromptDataConfig(DataConfig):
     purpose: ClassVar[str] = "online training"
     needs: ClassVar[str] = "'prompt'"
 
+    max_length: int | None = 1024  # longest prompt; rows with a longer one are left out; none: any
     truncation: Literal["keep_start", "keep_end", "drop"] = "drop"  # of prompts over max_length: only drop
 
     def validate(self) -> None:
