@@ -46,7 +46,7 @@ _SCORED = (
     "discopop",
 )  # whose beta log Z cancels: others take no f-divergence
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", *_COUPLED)
-_PER_TOKEN = ("ipo", "sigmoid_norm")
+PER_TOKEN = ("ipo", "sigmoid_norm")
 
 
 @dataclass
@@ -160,7 +160,7 @@ class DPO:
         self.reference = reference  # None: uniform
         self.head = head_spec(model)
         self.config = config
-        self.losses = [(name, weight, _loss_function(name, config)) for name, weight in config.losses]
+        self.losses = [(name, weight, loss_function(name, config)) for name, weight in config.losses]
         full = METRIC_OUTPUTS if config.metrics == "full" else ()
         self.outputs = ("logps", *full, *(("log_sum_sq_probs",) if config.use_weighting else ()))
         self.coupled = any(name in _COUPLED for name, _ in config.losses)
@@ -198,7 +198,7 @@ class DPO:
                     total = total - factor * (slab.sums[0::2] * weight).sum() / max(1.0, denominators["chosen_tokens"])
                     continue
                 known: dict[str, Any] = {}
-                if name in _PER_TOKEN:
+                if name in PER_TOKEN:
                     known = {"chosen_lengths": slab.lengths[0::2], "rejected_lengths": slab.lengths[1::2]}
                 elif quantiles is not None and name in _COUPLED:
                     gaps, rejected, chosen = slab.of_pairs(quantiles).unbind(1)
@@ -245,7 +245,7 @@ class DPO:
         return found[0], found[1]
 
 
-def _loss_function(name: str, config: DPOConfig) -> Any:
+def loss_function(name: str, config: DPOConfig) -> Any:
     """The pair loss `name` with its options of the run; None for "sft", which is no loss of a pair."""
     if name == "sft":
         return None

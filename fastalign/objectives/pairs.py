@@ -158,6 +158,11 @@ def likelihood_weights(slab: PairSlab) -> Tensor:
 
     w = w+ w-, log w+- = mean_t(log p(y_t) - log sum_v p_v^2). Asks the head for log_sum_sq_probs.
     """
-    assert slab.out.log_sum_sq_probs is not None
-    aligned = segment_sum(slab.out.logps - slab.out.log_sum_sq_probs, slab.cu_seqlens) / slab.lengths.clamp(min=1)
+    aligned = log_likelihood_weights(slab)
     return (aligned[0::2] + aligned[1::2]).exp()
+
+
+def log_likelihood_weights(slab: PairSlab) -> Tensor:
+    """(2p,) log w+ and log w- of `likelihood_weights`, in turn."""
+    assert slab.out.log_sum_sq_probs is not None
+    return segment_sum(slab.out.logps - slab.out.log_sum_sq_probs, slab.cu_seqlens) / slab.lengths.clamp(min=1)

@@ -33,12 +33,15 @@ from fastalign.models.load import load_model
 from fastalign.models.reference import sequence_logps
 from fastalign.models.trunk import causal_lm, evaluation, trunk
 from fastalign.models.value_head import is_reward_model, load_reward_model, scores
+from fastalign.objectives.dpo import DPOConfig
+from fastalign.objectives.pairs import PairSlab, log_likelihood_weights
 from fastalign.packing import collate, pack
 from fastalign.segments import segment_sum
 from fastalign.train.config import write_text
 from fastalign.train.evaluation_page import RELIABILITY, figure_rows, reliability_rows, write_page
 from fastalign.train.label import JudgeConfig, build_judge
 from fastalign.train.measures import margins_of, preference_figures, reward_figures, text_figures
+from fastalign.train.pair_loss import changed, mean_loss, options_of_run, options_told
 from fastalign.train.step import check_lengths
 from fastalign.train.win_rate import generated, win_figures, written
 from fastalign.types import PackedBatch, Sample
@@ -60,7 +63,9 @@ class EvalConfig:
     """Figures of a model on held-out data: of preference pairs accuracy, margins and loss, of texts the perplexity, and what a
     reward model makes of pairs and rankings; with a judge how often its answers win.
 
-    With a reference the accuracy of pairs is that of the implicit reward beta * (log p - log p_ref), as in training.
+    With a reference the accuracy of pairs is that of the implicit reward beta * (log p - log p_ref), as in training, and the
+    loss is that of the DPO run with all its options, but unweighted: every pair counts once, whatever its weight in the data.
+    The reference is the model that training started from, also where sync_ref_model moved it.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -70,16 +75,17 @@ class EvalConfig:
     reference: str = "auto"
     """Model to compare with: a folder, none, or auto (the model that the run or adapter started from; none for a plain model)."""
     beta: float | None = None
-    """Strength of the reward; none: that of the run, else 0.1."""
+    """Strength of the reward of pairs; none: that of the run, else 0.1."""
     loss_type: str | None = None
-    """Whose loss to tell of pairs: sigmoid, ipo, ...; none: that of the run, else sigmoid."""
+    """Whose loss to tell of pairs: sigmoid, ipo, ...; none: that of the run, else sigmoid. One that is not the run's is told
+    with its defaults, not with the run's label_smoothing, ld_alpha, ...; exo_pair with label_smoothing 0.001."""
     kl: bool = False
     """Also the divergence KL(model || reference) per scored token, exact over the vocabulary; holds both models in memory."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """With a judge: the model answers the data's prompts, and the answers are judged against the reference's (none: against the
     data's own, its column completion or chosen)."""
     max_new_tokens: int = 256
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens, with a judge."""
     temperature: float = 0.0
     """Of the answers; 0: the most probable token every time."""
     max_tokens: int = 4096
@@ -103,14 +109,30 @@ class EvalConfig:
             raise ConfigError(
                 "kl is measured on the data's own answers, a judge compares the model's; run eval once with kl and once with judge"
             )
+        if self.reference == "none":
+            self.require_no_loss("with a reference, which --reference none leaves out")
         if self.judge.is_named:
             self.judge.validate()
+            self.require_no_loss("for the data's own pairs, not with a judge")
+        else:
+            for option in ("max_new_tokens", "temperature"):
+                default = getattr(type(self), option)
+                if getattr(self, option) != default:
+                    raise ConfigError(f"{option} must be left at {default}, which counts only with a judge; name one by --judge....")
+            if self.judge != JudgeConfig():
+                raise ConfigError("judge: options of a judge, but none is named; name one by --judge.function, judge.url or judge.model")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must be 0 or more, got {self.temperature}")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
+
+    def require_no_loss(self, where: str) -> None:
+        """Raise ConfigError if an option of the loss is given that would change nothing, as it counts only `where`."""
+        for option in ("beta", "loss_type"):
+            if getattr(self, option) is not None:
+                raise ConfigError(f"{option} counts only {where}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -119,9 +141,7 @@ class Evaluated:
 
     path: str  # folder or hub name that load_model takes
     start: str | None = None  # the model that training started from
-    beta: float | None = None
-    loss_type: str | None = None  # where it is one of PREFERENCE_LOSSES, and the only one
-    label_smoothing: float = 0.0
+    run: DPOConfig | None = None  # the loss that it was trained by, see `options_of_run`
 
 
 @dataclass(frozen=True)
@@ -148,6 +168,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"{found.path} is a reward model, which scores without a reference and answers nothing; leave out reference, kl, judge"
             )
+        config.require_no_loss(f"with a model that answers, and {found.path} is a reward model")
         reference, figures = None, _of_reward_model(config, found)
     else:
         reference = found.start if config.reference == "auto" else None if config.reference == "none" else locate(config.reference).path
@@ -168,22 +189,34 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def _of_pairs(config: EvalConfig, found: Evaluated, reference: str | None) -> Figures:
-    beta = config.beta or found.beta or 0.1
-    loss_type = config.loss_type or found.loss_type or "sigmoid"
+    options = options_told(found.run, config.beta, config.loss_type)
+    uniform = options.reference_free and config.reference == "auto"
+    if uniform and config.kl:
+        raise ConfigError(f"kl is a divergence from the reference, and {found.path} was trained reference_free; set --reference DIR")
+    if not (reference or uniform):
+        config.require_no_loss(f"with a reference, and {found.path} says of no model that it began with; set --reference DIR")
     policy = _load(config, found.path)
     tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
     data = load_preferences(_options_for(DataConfig, config.data), tokenizer, vocab_size=head_spec(policy).weight.shape[0])
     samples = _held_out(config, data)
-    logps = _pair_logps(config, policy, samples, "model")
+    sums, logps, aligned = _pair_sums(config, policy, samples, options, "model").unbind(2)
     del policy
     gc.collect()  # the policy makes room before the reference comes
-    ref_logps = _pair_logps(config, _load_reference(config, reference), samples, "reference") if reference else None
     lengths = torch.tensor([sample.scored for sample in samples]).clamp(min=1)
-    values = preference_figures(logps, ref_logps, lengths, beta=beta, loss_type=loss_type, label_smoothing=found.label_smoothing)
-    if ref_logps is None:
-        return Figures(values)
-    values |= {"beta": beta, "loss_type": loss_type}
-    chosen, rejected = (beta * (logps - ref_logps)).unbind(1)
+    if uniform:
+        ref_logps = torch.zeros_like(logps)
+    elif reference:
+        plain = replace(options, use_weighting=False)
+        ref_logps = _pair_sums(config, _load_reference(config, reference), samples, plain, "reference")[..., 1]
+    else:
+        return Figures(preference_figures(sums, lengths))
+    rewards = options.beta * (logps - ref_logps)
+    values = preference_figures(sums, lengths, rewards)
+    values["loss"] = mean_loss(options, logps, ref_logps, sums, aligned.sum(1).exp(), lengths)
+    values |= changed(replace(options, reference_free=uniform))
+    if uniform:
+        values["reference"] = None
+    chosen, rejected = rewards.unbind(1)
     return Figures(values, chosen - rejected, (chosen, rejected), samples=samples)
 
 
@@ -207,6 +240,7 @@ def _of_reward_model(config: EvalConfig, found: Evaluated) -> Figures:
 
 
 def _of_texts(config: EvalConfig, found: Evaluated, reference: str | None) -> Figures:
+    config.require_no_loss(f"with preference pairs, and {config.data.path} has no column 'chosen'")
     policy = _load(config, found.path)
     tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
     options = _options_for(SupervisedDataConfig, config.data)
@@ -233,7 +267,7 @@ def _of_answers(config: EvalConfig, found: Evaluated, reference: str | None) -> 
     tokenizer = load_tokenizer(found.path, trust_remote_code=config.model.trust_remote_code)
     data = load_prompts(_options_for(PromptDataConfig, config.data), tokenizer, vocab_size=head_vocab_size(found.path))
     samples = _held_out(config, data)
-    how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "max_tokens": config.max_tokens}
     ours = generated(_load(config, found.path), data, samples, **how)
     theirs = generated(_load_reference(config, reference), data, samples, **how) if reference else written(data, samples)
     workers = config.judge.workers if config.judge.url else 1
@@ -299,11 +333,7 @@ def locate(path: str) -> Evaluated:
         if not (folder / "final").is_dir():
             raise ModelError(f"{path}: the run has no final/ yet; finish it with --resume --output {path}")
         start = (options.get("lora") or {}).get("adapter") or (options.get("model") or {}).get("path")
-        names = options.get("loss_type")
-        name = names[0] if isinstance(names, list) and len(names) == 1 else names
-        loss_type = name if isinstance(name, str) and name in PREFERENCE_LOSSES else None
-        beta = options.get("beta") if "reference" in options else None  # that of other runs scales something else
-        return Evaluated(str(folder / "final"), start, beta, loss_type, options.get("label_smoothing") or 0.0)
+        return Evaluated(str(folder / "final"), start, options_of_run(options))
     if (folder / "adapter_config.json").is_file():
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return Evaluated(path, adapter.get("base_model_name_or_path"))
@@ -353,11 +383,21 @@ def _options_for(kind: type[Data], options: EvalDataConfig) -> Data:
     return kind(**given)
 
 
-def _pair_logps(config: EvalConfig, model: Any, samples: Sequence[Sample], label: str) -> Tensor:
-    """(P, 2) float32 on the host: log-probabilities of the completions of each pair, summed over their tokens, in nats."""
+def _pair_sums(config: EvalConfig, model: Any, samples: Sequence[Sample], options: DPOConfig, label: str) -> Tensor:
+    """(P, 2, 3) float32 on the host, of the completions of each pair: log-probs summed over their tokens, the same in the form of
+    ld_alpha, and with use_weighting the log of WPO's weight (else 0); all in nats."""
     head = head_spec(model)
-    rows = by_sample(lambda batch: sequence_logps(model, batch, head=head), samples, config.max_tokens, _device(model), label=label)
-    return torch.stack(rows)
+    outputs = ("logps", "log_sum_sq_probs") if options.use_weighting else ("logps",)
+
+    def score(batch: PackedBatch) -> Tensor:
+        with evaluation(model):
+            hidden = trunk(model, batch).hidden.index_select(0, batch.live)
+            out = head.logps(hidden, batch.live_target, outputs=outputs, live_rows=len(batch.live_target))
+            slab = PairSlab(out, batch.live_cu_seqlens, 0, len(batch.index), options.ld_alpha)
+            weight = log_likelihood_weights(slab) if options.use_weighting else torch.zeros_like(slab.sums)
+            return torch.stack([slab.sums, slab.logps, weight], 1).float()
+
+    return torch.stack(by_sample(score, samples, config.max_tokens, _device(model), label=label))
 
 
 def _device(model: Any) -> torch.device:

@@ -24,6 +24,7 @@ from fastalign.train.folder import writing
 from fastalign.train.measures import wilson
 
 SCORES, HUMAN, ERROR = "scores", "human_scores", "judge_error"
+_NOT_COLUMNS = ("prompt", "prompts", "completions", "completion_ids", HUMAN)
 
 
 @dataclass
@@ -283,11 +284,15 @@ def _judge_rows(config: LabelConfig, judge: Judge, file: BinaryIO, done: list[st
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def other_columns(row: Row) -> Row:
+    """The columns that a judge gets beside the prompt and its completions; none of the names of what it judges is taken by data."""
+    return {name: value for name, value in row.items() if name not in _NOT_COLUMNS}
+
+
 def _judge_row(judge: Judge, row: Row, digest: str) -> Judged:
-    columns = {name: value for name, value in row.items() if name not in ("prompt", "completions", HUMAN)}
     completions: Sequence[Turns] = row["completions"]
     try:
-        verdict: Verdict = judge(row["prompt"], completions, columns)
+        verdict: Verdict = judge(row["prompt"], completions, other_columns(row))
     except JudgeError as error:
         return Judged(digest, row, {}, str(error))
     counts = {name: getattr(verdict, name) for name in ("consistent", "compared", "first_wins", "second_wins")}

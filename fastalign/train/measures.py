@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,26 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastalign.losses import PREFERENCE_LOSSES
-
-_EXO_SMOOTHING = 1e-3  # its loss is infinite without
 BINS = 10  # of confidence, from a half to one
 
 
 def preference_figures(
     logps: Tensor,  # (P, 2) float32, nats: chosen, rejected
-    ref_logps: Tensor | None,  # (P, 2)
     lengths: Tensor,  # (P, 2) scored tokens
-    *,
-    beta: float,
-    loss_type: str,
-    label_smoothing: float = 0.0,
+    rewards: Tensor | None = None,  # (P, 2), implicit ones; None: there is no reference
 ) -> dict[str, Any]:
     """Means over the pairs, under TRL's names, and the accuracies with Wilson's 95 % interval.
 
     `logps/accuracy` says how often the chosen answer is the more probable one, `logps/accuracy_per_token` the same of the mean
-    per token; with a reference `rewards/*` and `loss` are those of training, and the rewards' calibration is told. Ties count
-    against the model, as in training.
+    per token; of rewards the calibration is told, too. Ties count against the model, as in training.
     """
     pairs = len(logps)
     per_token = logps / lengths
@@ -39,22 +30,11 @@ def preference_figures(
     means = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
     means |= {"logps/chosen_per_token": per_token[:, 0], "logps/rejected_per_token": per_token[:, 1]}
     calibrated: dict[str, Any] = {}
-    if ref_logps is not None:
-        loss, options = PREFERENCE_LOSSES[loss_type], {"beta": beta, "chosen_lengths": lengths[:, 0], "rejected_lengths": lengths[:, 1]}
-        options["label_smoothing"] = label_smoothing or (_EXO_SMOOTHING if loss_type == "exo_pair" else 0.0)
-        taken = inspect.signature(loss).parameters
-        own = {name: value for name, value in options.items() if name in taken}
-        outcome = loss(logps[:, 0], logps[:, 1], ref_logps[:, 0], ref_logps[:, 1], **own)
-        rewards = torch.stack([outcome.chosen_rewards, outcome.rejected_rewards], 1)
+    if rewards is not None:
+        chosen, rejected = rewards.unbind(1)
         accuracies = {"rewards/accuracies": rewards, **accuracies}
-        means = {
-            "loss": outcome.loss,
-            "rewards/chosen": outcome.chosen_rewards,
-            "rewards/rejected": outcome.rejected_rewards,
-            "rewards/margins": outcome.chosen_rewards - outcome.rejected_rewards,
-            **means,
-        }
-        calibrated = calibration(rewards[:, 0] - rewards[:, 1])
+        means = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected, **means}
+        calibrated = calibration(chosen - rejected)
     result: dict[str, Any] = {"pairs": pairs, "num_tokens": int(lengths.sum())}
     for name, scores in accuracies.items():
         right = int((scores[:, 0] > scores[:, 1]).sum())
@@ -121,20 +101,16 @@ def calibration(margins: Tensor) -> dict[str, Any]:
 def text_figures(nll: Tensor, tokens: Tensor) -> dict[str, Any]:
     """Mean negative log-likelihood per token and perplexity of texts with (S,) summed `nll` and (S,) `tokens`, with 95 % intervals.
 
-    The intervals take texts, not tokens, for independent (a ratio of means, by the delta method).
+    The intervals take texts, not tokens, for independent (a ratio of means, by the delta method); of one text there are none.
     """
     count = tokens.sum().clamp(min=1)
     mean = nll.sum() / count
-    spread = math.inf
+    result: dict[str, Any] = {"nll": mean.item(), "perplexity": _exp(mean.item())}
     if len(nll) > 1:
         spread = 1.959964 * (len(nll) / (len(nll) - 1) * (nll - mean * tokens).square().sum()).sqrt().item() / count.item()
-    low, high = mean.item() - spread, mean.item() + spread
-    return {
-        "nll": mean.item(),
-        "nll_ci95": [low, high],
-        "perplexity": _exp(mean.item()),
-        "perplexity_ci95": [_exp(low), _exp(high)],
-    }
+        low, high = mean.item() - spread, mean.item() + spread
+        result |= {"nll_ci95": [low, high], "perplexity_ci95": [_exp(low), _exp(high)]}
+    return result
 
 
 def wilson(right: float, trials: int, z: float = 1.959964) -> tuple[float, float]:

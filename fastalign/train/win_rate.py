@@ -16,6 +16,7 @@ from fastalign.errors import DataError, JudgeError
 from fastalign.rollout.generate import generate
 from fastalign.rollout.judges import Judge, Verdict
 from fastalign.train.config import write_text
+from fastalign.train.label import other_columns
 from fastalign.train.measures import wilson
 from fastalign.types import Sample
 
@@ -28,8 +29,10 @@ class Answers:
     lengths: list[int]  # in tokens; empty where nothing was generated
 
 
-def generated(model: Any, data: Prompts, samples: Sequence[Sample], *, max_new_tokens: int, temperature: float, seed: int = 0) -> Answers:
-    """What `model` says to the prompts."""
+def generated(
+    model: Any, data: Prompts, samples: Sequence[Sample], *, max_new_tokens: int, temperature: float, max_tokens: int, seed: int = 0
+) -> Answers:
+    """What `model` says to the prompts; `max_tokens` as in `generate`."""
     done = generate(
         model,
         [sample.prompt for sample in samples],
@@ -37,6 +40,7 @@ def generated(model: Any, data: Prompts, samples: Sequence[Sample], *, max_new_t
         eos_token_id=data.tokenizer.eos_token_id,
         temperature=temperature,
         seed=seed,
+        max_tokens=max_tokens,
     )
     texts = [str(data.tokenizer.decode(list(c.tokens), skip_special_tokens=True)) for c in done]
     return Answers([_said(data, sample, text) for sample, text in zip(samples, texts)], [len(c.tokens) for c in done])
@@ -92,7 +96,7 @@ def _judged(
     def one(place: int) -> Verdict | JudgeError:
         index = samples[place].index
         try:
-            return judge(data.turns[index], [ours.turns[place], theirs.turns[place]], data.columns[index])
+            return judge(data.turns[index], [ours.turns[place], theirs.turns[place]], other_columns(data.columns[index]))
         except JudgeError as error:
             return error
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +14,23 @@ from tiny import preference_rows, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastalign import cli
+from fastalign.data.config import DataConfig
+from fastalign.data.preferences import load_preferences
 from fastalign.errors import ConfigError, ModelError
 from fastalign.losses import PREFERENCE_LOSSES
 from fastalign.models.config import ModelConfig
+from fastalign.models.load import load_model
+from fastalign.models.reference import sequence_logps
 from fastalign.models.save import save_final
 from fastalign.models.value_head import load_reward_model
+from fastalign.objectives.dpo import DPO, DPOConfig
+from fastalign.packing import collate
 from fastalign.train.evaluate import EvalConfig, EvalDataConfig, evaluate, locate
 from fastalign.train.evaluation_page import write_page
 from fastalign.train.label import JudgeConfig
 from fastalign.train.measures import calibration, preference_figures, reward_figures, text_figures, wilson
+from fastalign.train.pair_loss import options_of_run
+from fastalign.types import PackedBatch
 
 
 @pytest.fixture(scope="module")
@@ -110,30 +118,100 @@ def test_a_run_brings_its_start_its_beta_and_its_loss(work: Path, tmp_path: Path
     assert evaluate(config(work, str(run), reference="none"))["reference"] is None
 
 
-@pytest.mark.parametrize("loss_type", sorted(PREFERENCE_LOSSES))
-def test_the_loss_of_every_type_can_be_told(loss_type: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logps, ref_logps = (-10 * torch.rand(6, 2, generator=generator) for _ in range(2))
-    lengths = torch.randint(1, 9, (6, 2), generator=generator)
-    loss = preference_figures(logps, ref_logps, lengths, beta=0.5, loss_type=loss_type)["loss"]
-    smoothed = preference_figures(logps, ref_logps, lengths, beta=0.5, loss_type=loss_type, label_smoothing=0.2)["loss"]
-    assert math.isfinite(loss)
-    assert (smoothed != loss) == ("label_smoothing" in inspect.signature(PREFERENCE_LOSSES[loss_type]).parameters)
+class Start:
+    """The reference of training: a model as it stands."""
+
+    def __init__(self, path: Path, ld_alpha: float | None) -> None:
+        self.model, self.ld_alpha = load_model(ModelConfig(str(path))), ld_alpha
+
+    def logps(self, batch: PackedBatch) -> torch.Tensor:
+        return sequence_logps(self.model, batch, ld_alpha=self.ld_alpha)
 
 
-def test_a_run_of_several_losses_is_told_by_sigmoid(work: Path, tmp_path: Path) -> None:
-    found = locate(str(finished_run(tmp_path / "run", work, loss_type=["sigmoid", "sft"], label_smoothing=0.1)))
-    assert (found.loss_type, found.label_smoothing) == (None, 0.1)
-    assert locate(str(finished_run(tmp_path / "other", work, loss_type=["hinge"]))).loss_type == "hinge"
+OF_EVERY_KIND = [
+    *({"loss_type": name, "label_smoothing": 0.1 if name == "exo_pair" else 0.0} for name in sorted(PREFERENCE_LOSSES)),
+    {"loss_type": ["sigmoid", "sft", "ipo"], "loss_weights": [0.5, 2.0, 0.1], "label_smoothing": 0.2},
+    {"ld_alpha": 0.3, "rpo_alpha": 0.7},
+    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.8},
+    {"f_divergence_type": "js_divergence"},
+    {"loss_type": "discopop", "discopop_tau": 0.4},
+    {"use_weighting": True, "rpo_alpha": 0.5},
+    {"reference_free": True},
+]
+
+
+@pytest.mark.parametrize("options", OF_EVERY_KIND, ids=lambda options: "-".join(map(str, options.values())))
+def test_the_loss_and_the_rewards_of_a_run_are_those_of_training(work: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    trained = DPOConfig(beta=0.5, **options)
+    model = load_model(ModelConfig(str(work / "policy")))
+    samples = load_preferences(DataConfig(str(work / "pairs.jsonl")), tiny_tokenizer(), vocab_size=320).samples
+    objective = DPO(trained, model, None if trained.reference_free else Start(work / "start", trained.ld_alpha))
+    objective.prepare(samples)
+    counts = objective.denominators(samples)
+    loss, sums = objective.loss(collate(samples), counts)
+    metrics = objective.metrics({name: value.item() for name, value in sums.items()}, counts)
+    result = evaluate(config(work, str(finished_run(tmp_path / "run", work, **({"loss_type": "sigmoid"} | options)))))
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert result["rewards/margins"] == pytest.approx(metrics["rewards/margins"], rel=1e-3, abs=1e-5)
+    assert {name: result[name] for name in options if name in result} == {name: options[name] for name in options if name in result}
+    assert result["reference"] == (None if trained.reference_free else str(work / "start"))
+
+
+def test_another_loss_is_told_without_the_options_of_the_run(work: Path, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", work, loss_type=["sigmoid", "sft"], label_smoothing=0.1, ld_alpha=0.2)
+    told, plain = (evaluate(config(work, m, reference=str(work / "start"), loss_type="hinge", beta=0.5)) for m in (str(run), "policy"))
+    assert (told["loss"], told["loss_type"]) == (plain["loss"], "hinge")
+    assert "label_smoothing" not in told and "ld_alpha" not in told
+    assert evaluate(config(work, str(run)))["label_smoothing"] == 0.1
+    assert math.isfinite(evaluate(config(work, str(run), loss_type="exo_pair"))["loss"])
+    assert options_of_run({"reference": "auto", "loss_type": ["hinge"]}) == DPOConfig(loss_type="hinge")
+    assert options_of_run({"reference": "auto", "loss_type": "kto", "beta": 0.3}) == DPOConfig(beta=0.3)
+
+
+def test_a_uniform_reference_has_no_kl_and_gives_way_to_a_named_one(work: Path, tmp_path: Path) -> None:
+    run = str(finished_run(tmp_path / "run", work, reference_free=True))
+    assert evaluate(config(work, run))["reference_free"] is True
+    named = evaluate(config(work, run, reference=str(work / "start"), kl=True))
+    assert named["reference"] == str(work / "start") and "reference_free" not in named
+    with pytest.raises(ConfigError, match="was trained reference_free; set --reference DIR"):
+        evaluate(config(work, run, kl=True))
 
 
 def test_the_beta_of_a_run_without_a_reference_is_no_strength_of_a_reward(work: Path, tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", work, beta=2.5)
-    assert locate(str(run)).beta == 2.5
+    found = locate(str(run)).run
+    assert found is not None and found.beta == 2.5
     content = json.loads((run / "config.yaml").read_text())
     del content["reference"]
     (run / "config.yaml").write_text(json.dumps(content))
-    assert locate(str(run)).beta is None
+    assert locate(str(run)).run is None
+
+
+@pytest.mark.parametrize("given", [{"beta": 0.2}, {"loss_type": "ipo"}])
+def test_options_that_would_change_nothing_are_refused(work: Path, reward_model: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    (name,) = given
+    for refused, where in (
+        (config(work, "policy", **given), "with a reference, and .* says of no model that it began with"),
+        (config(work, "policy", reference="none", **given), "with a reference, which --reference none leaves out"),
+        (config(work, "reward", **given), "with a model that answers"),
+        (text_config(work, tmp_path, **given), "with preference pairs"),
+        (config(work, "policy", judge=JudgeConfig(function="judge.py:f"), **given), "for the data's own pairs, not with a judge"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} counts only {where}"):
+            evaluate(refused)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_new_tokens": 8}, "max_new_tokens must be left at 256, which counts only with a judge"),
+        ({"temperature": 1.0}, "temperature must be left at 0.0, which counts only with a judge"),
+        ({"judge": JudgeConfig(workers=2)}, "judge: options of a judge, but none is named"),
+    ],
+)
+def test_options_of_a_judge_need_one(work: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(config(work, "policy", **given))
 
 
 def test_an_adapter_is_compared_with_its_base(work: Path, tmp_path: Path) -> None:
@@ -176,7 +254,7 @@ def test_errors_name_the_remedy(work: Path, tmp_path: Path) -> None:
 def test_measure_counts_ties_against_the_model() -> None:
     logps = torch.tensor([[-1.0, -1.0], [-2.0, -4.0], [-9.0, -4.0], [-8.0, -6.0]])
     lengths = torch.tensor([[1, 1], [1, 1], [3, 1], [4, 2]])
-    result = preference_figures(logps, None, lengths, beta=0.1, loss_type="sigmoid")
+    result = preference_figures(logps, lengths)
     assert (result["logps/accuracy"], result["ties"]) == (0.25, 1)
     assert result["logps/accuracy_per_token"] == 0.75  # -3 beats -4 and -2 beats -3 once length is out
     assert result["logps/accuracy_ci95"] == pytest.approx(wilson(1, 4))
@@ -320,3 +398,12 @@ def test_interval_of_the_perplexity_covers_it() -> None:
         covered += figures["nll_ci95"][0] <= 2 <= figures["nll_ci95"][1]
         assert figures["perplexity_ci95"][1] == pytest.approx(math.exp(figures["nll_ci95"][1]))
     assert 270 <= covered <= 298
+
+
+def test_figures_of_one_text_are_valid_json(work: Path, tmp_path: Path) -> None:
+    settings = text_config(work, tmp_path, output=str(tmp_path / "eval.json"))
+    Path(settings.data.path).write_text(Path(settings.data.path).read_text().splitlines()[0] + "\n")
+    result = evaluate(settings)
+    assert "nll_ci95" not in result and "perplexity_ci95" not in result
+    assert math.isfinite(result["nll"])
+    assert "Infinity" not in (tmp_path / "eval.json").read_text()

@@ -225,3 +225,12 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     tiny_model("qwen3").save_pretrained(tmp_path / "lm")
     with pytest.raises(ConfigError, match="is no reward model: train one with fastalign reward"):
         RewardModelJudge(str(tmp_path / "lm"))
+
+
+def test_columns_do_not_take_the_names_of_what_is_judged(config, tmp_path):
+    row = {"prompt": "why?", "completions": ["a", "bc"], "prompts": "x", "completion_ids": [[1]], "tag": "t"}
+    Path(config.path).write_text(json.dumps(row) + "\n")
+    (tmp_path / "strict.py").write_text("def rate(prompts, completions, tag):\n    return [float(len(c)) for c in completions]\n")
+    config.judge.function = f"{tmp_path}/strict.py:rate"
+    assert label(config)["failed"] == 0
+    assert read(config.output)[0] == row | {"scores": [1.0, 2.0]}

@@ -89,6 +89,24 @@ def test_rows_without_an_answer_need_a_reference(place, tmp_path):
         EvalConfig(model=made.model, data=made.data, max_new_tokens=0).validate()
 
 
+def test_columns_do_not_take_the_names_of_what_is_judged(place, tmp_path):
+    row = {"prompt": "why?", "chosen": "w", "prompts": "x", "completions": ["y"], "completion_ids": [1], "tag": "t"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "strict.py").write_text("def rate(prompts, completions, tag, chosen):\n    return [float(p == 'why?') for p in prompts]\n")
+    made = config(place, reference="none")
+    made.judge.function, made.data.path = f"{tmp_path}/strict.py:rate", str(tmp_path / "rows.jsonl")
+    assert evaluate(made)["ties"] == 1
+
+
+def test_batches_of_answers_are_bounded(place, monkeypatch):
+    def stop(*_, max_tokens, **__):
+        raise RuntimeError(f"max_tokens {max_tokens}")
+
+    monkeypatch.setattr("fastalign.train.win_rate.generate", stop)
+    with pytest.raises(RuntimeError, match="max_tokens 77"):
+        evaluate(config(place, reference="none", max_tokens=77))
+
+
 def test_command_line(place, capsys):
     words = ["eval", "--model.path", str(place / "one"), "--data.path", str(place / "prompts.jsonl"), "--max_new_tokens", "4"]
     assert main([*words, "--reference", str(place / "other"), "--judge.function", f"{place}/by_length.py:rate"]) == 0
