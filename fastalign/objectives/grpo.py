@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -28,6 +29,7 @@ class GRPOConfig(OnlineConfig):
     """GRPO and its relatives: makes the answers more likely that are rewarded above the others to the same prompt."""
 
     name: ClassVar[str] = "grpo"
+    penalty_in_loss: ClassVar[bool] = True
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "gspo"] = "dapo"
     """What is clipped and what is averaged; dapo: clipped ratios of tokens, every token of the step weighs the same."""
@@ -67,6 +69,12 @@ class GRPOConfig(OnlineConfig):
         self._require("off_policy_mask_threshold", threshold is None or threshold > 0, "positive, or null")
         self._require_use("off_policy_mask_threshold", self.steps_per_draw > 1, "steps_per_generation or num_iterations above 1")
         self._require("entropy_coef", 0 <= self.entropy_coef < float("inf"), "0 or more and finite")
+        token_loss = POLICY_LOSSES[self.loss_type].token_loss
+        for option in ("epsilon", "delta"):
+            self._require_use(option, token_loss is ppo_clip, "a loss type that clips ratios")
+        self._require_use("epsilon_high", token_loss in (ppo_clip, cispo), "a loss type that bounds ratios")
+        for option in ("kl_estimator", "use_bias_correction_kl"):
+            self._require_use(option, self.beta > 0 and self.penalty_in_loss, "a KL penalty in the loss (grpo with beta above 0)")
         try:
             options_of(POLICY_LOSSES[self.loss_type].token_loss, loss_options(self))
         except TypeError as error:
@@ -209,11 +217,10 @@ class GRPO:
     def _mask(self, rollouts: Rollouts, batch: PackedBatch) -> Tensor | None:
         """(L,) bool, scored tokens of answers that count; None where all do."""
         counts = [self._counts(rollouts, i) for i in batch.index]
-        return (
-            None
-            if all(counts)
-            else segment_expand(torch.tensor(counts), batch.live_cu_seqlens.cpu(), len(batch.live)).to(batch.live.device)
-        )
+        if all(counts):
+            return None
+        lengths = torch.tensor([stop - start for start, stop in pairwise(batch.live_bounds)])
+        return torch.tensor(counts).repeat_interleave(lengths).to(batch.live.device, non_blocking=True)
 
     def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
         assert self.rollouts is not None

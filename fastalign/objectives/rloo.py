@@ -21,6 +21,7 @@ class RLOOConfig(GRPOConfig):
     """RLOO: makes the answers more likely that are rewarded above the others to the same prompt, each answer one action."""
 
     name: ClassVar[str] = "rloo"
+    penalty_in_loss: ClassVar[bool] = False
 
     loss_type: Literal["rloo"] = "rloo"  # type: ignore[assignment]
     """The clipped ratio of a whole answer, averaged over answers."""
@@ -30,6 +31,10 @@ class RLOOConfig(GRPOConfig):
     """Weight of the KL penalty in the reward; 0: there is no reference."""
     normalize_advantages: bool = False
     """Shift and scale the advantages of a generation to mean 0 and variance 1."""
+
+    def validate(self) -> None:
+        super().validate()
+        self._require_use("scale_rewards", False, "grpo")
 
     def objective(self, model: Any, data: Dataset, folder: Path) -> RLOO:
         assert isinstance(data, Prompts)

@@ -50,10 +50,11 @@ def generate(
     result: list[Completion | None] = [None] * len(prompts)
     with evaluation(model), stock_attention(model):
         for batch in _batches([len(p) for p in prompts], max_new_tokens, max_tokens):
-            sampler = _Sampler(_uniforms(seed, batch, max_new_tokens), temperature)
+            sampler = _Sampler(_uniforms(seed, batch, max_new_tokens).to(next(model.parameters()).device), temperature)
             tokens = _run(model, [prompts[i] for i in batch], sampler, max_new_tokens, eos)
+            logps = sampler.logps.cpu()
             for row, i in enumerate(batch):
-                result[i] = _completion(tokens[row], sampler.logps[row], eos)
+                result[i] = _completion(tokens[row], logps[row], eos)
     return [r for r in result if r is not None]
 
 
@@ -62,18 +63,18 @@ class _Sampler:
 
     def __init__(self, uniforms: Tensor, temperature: float) -> None:
         self.uniforms, self.temperature = uniforms, temperature  # (B, T)
-        self.logps = torch.zeros(uniforms.shape, dtype=torch.float32)
+        self.logps = torch.zeros_like(uniforms, dtype=torch.float32)
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         log_p = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)
         if self.temperature:
             below = log_p.double().exp().cumsum(-1)
-            u = self.uniforms[:, self.step, None].to(below) * below[:, -1:]
+            u = self.uniforms[:, self.step, None] * below[:, -1:]
             token = torch.searchsorted(below, u, right=True).clamp(max=log_p.shape[1] - 1)
         else:
             token = log_p.argmax(-1, keepdim=True)
-        self.logps[:, self.step] = log_p.gather(1, token)[:, 0].cpu()
+        self.logps[:, self.step] = log_p.gather(1, token)[:, 0]
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 

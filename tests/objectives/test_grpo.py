@@ -76,6 +76,11 @@ def rolled(place, kind=GRPO, config_kind=GRPOConfig, **options):
     return objective, prompts
 
 
+def same(gradient, other):
+    """To 1e-5 of the largest entry: small ones are sums of large ones that cancel."""
+    return float((gradient - other).abs().max()) <= 1e-5 * float(other.abs().max())
+
+
 def dense_logps(model, sample, temperature):
     ids = torch.tensor([(*sample.prompt, *sample.completions[0])])
     with stock_attention(model):
@@ -115,7 +120,7 @@ def test_loss_and_gradient_by_the_book(place, loss_type, beta):
     want.backward()
     assert float(sums["loss"]) == pytest.approx(want.item(), rel=1e-5)
     for got, weight in zip(grads, objective.model.parameters()):
-        assert torch.allclose(got, weight.grad, rtol=1e-4, atol=1e-7)
+        assert same(got, weight.grad)
 
 
 @pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "beta": 0.2}, {"loss_type": "vespo"}, {"mask_truncated_completions": True}])
@@ -129,7 +134,7 @@ def test_the_cut_into_micro_batches_does_not_matter(place, options):
         results.append((metrics, [w.grad for w in objective.model.parameters()]))
     for metrics, grads in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(grads, results[0][1]))
+        assert all(same(a, b) for a, b in zip(grads, results[0][1]))
 
 
 def test_answers_without_an_advantage_are_left_out_and_change_nothing(place):
@@ -144,7 +149,7 @@ def test_answers_without_an_advantage_are_left_out_and_change_nothing(place):
         _, counts = run_step(objective, micro_batches(list(samples), 500), device=torch.device("cpu"))
         grads.append([w.grad.clone() for w in objective.model.parameters()])
         assert counts["count"] == float(objective.rollouts.lengths.sum())
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*grads))
+    assert all(same(a, b) for a, b in zip(*grads))
     objective.rollouts.advantages[:] = 0.0
     assert len(objective.samples(1, prompts)) == 1  # a step needs something to be made of: its gradient is 0
 
@@ -287,6 +292,9 @@ def _result(row):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"loss_type": "sapo", "epsilon": 0.1}, "epsilon must be left at 0.2, which counts only with a loss type that clips"),
+        ({"loss_type": "vespo", "epsilon_high": 0.3}, "epsilon_high must be left at None"),
+        ({"kl_estimator": "k1"}, "kl_estimator must be left at 'k3', which counts only with a KL penalty in the loss"),
         ({"rewards": []}, "rewards must be at least one reward function"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"loss_options": {"tau": 1.0}}, "loss_options must be options of dapo"),
