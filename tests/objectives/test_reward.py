@@ -130,7 +130,6 @@ def test_equal_completions_and_huge_scores_have_finite_gradients(folder: Path) -
     twins = Sample(0, (5,), ((6, 7), (6, 7)), labels=(1.0, 0.0))
     found, gradient = ours(folder, [[twins]], "bradley_terry")
     assert found["loss"] == pytest.approx(math.log(2), rel=1e-6)
-    assert found["accuracy"] == 0.0  # a tie counts against the model, as in TRL
     assert all(grad.isfinite().all() for grad in gradient.values())
     rewards = torch.tensor([-1e4, 1e4], requires_grad=True)
     from fastalign.losses.reward import bradley_terry, plackett_luce
