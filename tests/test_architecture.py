@@ -107,6 +107,12 @@ def test_files_stay_readable():
     assert not long, f"files over 500 lines: {long}"
 
 
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by their bare names, and two of one name cannot be collected together."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_import_needs_only_torch_and_is_quick():
     code = (
         "import sys, time, torch; t = time.perf_counter(); import fastalign; fastalign.linear_logps; fastalign.losses.dpo;"
