@@ -156,18 +156,10 @@ def _run_slabs(
         found, tile = function.score_slab(operands, plan, at, call.outputs, scratch)
         place = None if live is None else live[at] - first
         leaves = {name: spread(found[name], place, last - first) for name in FIELDS if name in call.outputs}
-        if wants:
-            leaves.update({name: leaves[name].detach().requires_grad_() for name in call.grad_outputs})
-        with torch.enable_grad():
-            loss = loss_fn(HeadOutput(**leaves), slice(first, last))
-        check_loss(loss, leaves, walk=total is None)
-        total = loss.detach() if total is None else total + loss.detach()
-        coefficients: dict[str, Tensor] = {}
-        if wants and loss.requires_grad:
-            slopes = torch.autograd.grad(loss, [leaves[n] for n in call.grad_outputs], allow_unused=True)
-            coefficients = {n: g if place is None else g[place] for n, g in zip(call.grad_outputs, slopes) if g is not None}
-        here = None if active is None else active[slice(*torch.searchsorted(active, torch.tensor([lo, hi])).tolist())] - lo
-        _add_slab(grads, operands, plan, at, found, coefficients, scratch, tile, here)
+        wanted = call.grad_outputs if wants else ()
+        loss, coefficients = slab_loss(loss_fn, HeadOutput, slice(first, last), leaves, wanted, place, walk=total is None)
+        total = loss if total is None else total + loss
+        _add_slab(grads, operands, plan, at, found, coefficients, scratch, tile, rows_of_slab(active, lo, hi))
     if total is None:  # no rows at all
         nothing = operands.hidden.new_zeros(0, dtype=operands.work_dtype)
         total = loss_fn(HeadOutput(**dict.fromkeys(call.outputs, nothing)), slice(0, 0)).detach()
@@ -269,6 +261,33 @@ def slab_cuts(rows: int, live: Tensor | None, bounds: Sequence[int] | None, slab
             cuts.append((edges[start], edges[g], counts[start], counts[g]))
             start = g
     return cuts
+
+
+def slab_loss(
+    loss_fn: Callable[[Any, slice], Tensor],
+    output: Callable[..., Any],  # what `loss_fn` takes, made from `leaves`
+    rows: slice,
+    leaves: dict[str, Tensor],  # outputs of the slab's rows
+    wanted: Sequence[str],  # those that get a gradient
+    place: Tensor | None,  # (n,) live rows among the slab's rows; None: all
+    *,
+    walk: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The slab's loss, detached, and dL/d output of its live rows, (n,) each, for the outputs that it depends on."""
+    leaves = leaves | {name: leaves[name].detach().requires_grad_() for name in wanted}
+    with torch.enable_grad():
+        loss = loss_fn(output(**leaves), rows)
+    check_loss(loss, leaves, walk=walk)
+    coefficients: dict[str, Tensor] = {}
+    if wanted and loss.requires_grad:
+        slopes = torch.autograd.grad(loss, [leaves[name] for name in wanted], allow_unused=True)
+        coefficients = {name: g if place is None else g[place] for name, g in zip(wanted, slopes) if g is not None}
+    return loss.detach(), coefficients
+
+
+def rows_of_slab(active: Tensor | None, lo: int, hi: int) -> Tensor | None:
+    """The part of `active` in lo:hi, counted from lo; None is any row."""
+    return None if active is None else active[slice(*torch.searchsorted(active, torch.tensor([lo, hi])).tolist())] - lo
 
 
 def check_loss(loss: Any, leaves: dict[str, Tensor], *, walk: bool) -> None:

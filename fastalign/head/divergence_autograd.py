@@ -11,13 +11,14 @@ from torch import Tensor
 from fastalign.head.autograd import (
     LinearLoss,
     OperandGrads,
-    check_loss,
     compact_rows_,
     full_size,
     gradient_rows,
     no_autocast,
     pull_back,
+    rows_of_slab,
     slab_cuts,
+    slab_loss,
     spread,
 )
 from fastalign.head.divergence_function import FIELDS, SCORES, DivergenceOutput, PairCall, Sides, forward, gradient_tiles, score_slab
@@ -136,18 +137,10 @@ def _run_slabs(
         found, tiles = score_slab(sides, plan, at, scratch)
         place = None if live is None else live[at] - first
         leaves = {name: spread(found[name], place, last - first) for name in FIELDS if name in call.outputs}
-        if wants:
-            leaves.update({name: leaves[name].detach().requires_grad_() for name in call.grad_outputs})
-        with torch.enable_grad():
-            loss = loss_fn(DivergenceOutput(**leaves), slice(first, last))
-        check_loss(loss, leaves, walk=total is None)
-        total = loss.detach() if total is None else total + loss.detach()
-        coefficients: dict[str, Tensor] = {}
-        if wants and loss.requires_grad:
-            slopes = torch.autograd.grad(loss, [leaves[name] for name in call.grad_outputs], allow_unused=True)
-            coefficients = {k: g if place is None else g[place] for k, g in zip(call.grad_outputs, slopes) if g is not None}
-        here = None if active is None else active[slice(*torch.searchsorted(active, torch.tensor([lo, hi])).tolist())] - lo
-        _add_slab(grads, sides, plan, at, found, coefficients, scratch, tiles, here)
+        wanted = call.grad_outputs if wants else ()
+        loss, coefficients = slab_loss(loss_fn, DivergenceOutput, slice(first, last), leaves, wanted, place, walk=total is None)
+        total = loss if total is None else total + loss
+        _add_slab(grads, sides, plan, at, found, coefficients, scratch, tiles, rows_of_slab(active, lo, hi))
     if total is None:
         nothing = dict.fromkeys(call.outputs, sides.student.hidden.new_zeros(rows, dtype=sides.student.work_dtype))
         total = loss_fn(DivergenceOutput(**nothing), slice(0, rows)).detach()

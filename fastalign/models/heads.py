@@ -104,7 +104,9 @@ def head_spec(model: nn.Module) -> HeadSpec:
     than scale and cap them.
     """
     causal = causal_lm(model)
-    head = _active(causal.get_output_embeddings(), type(causal).__name__)
+    head = active_module(causal.get_output_embeddings())
+    if head is None:
+        raise ModelError(f"{type(causal).__name__} has no output embeddings; only causal language models can be trained")
     linear, lora = _split_lora(head)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise ModelError(f"{type(causal).__name__}: its head is a {type(linear).__name__}; a plain linear layer is needed (not quantized)")
@@ -119,10 +121,8 @@ def lm_head_weight(model: nn.Module) -> Tensor | None:
     return None if causal_lm(model).get_output_embeddings() is None else head_spec(model).weight
 
 
-def _active(head: Any, name: str) -> Any:
+def active_module(head: Any) -> Any:
     """Look through PEFT's copy of a module that is trained in full."""
-    if head is None:
-        raise ModelError(f"{name} has no output embeddings; only causal language models can be trained")
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         if head.disable_adapters or not head.active_adapters:
             return head.original_module
@@ -160,7 +160,7 @@ _PROBES = (0.01, 20.0, 5000.0)
 def _measure(model: nn.Module, causal: Any) -> tuple[_Scale, float | None]:
     """What the forward of `causal` does before and after its head."""
     head = causal.get_output_embeddings()
-    weight = _split_lora(_active(head, ""))[0].weight
+    weight = _split_lora(active_module(head))[0].weight
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     with evaluation(model):

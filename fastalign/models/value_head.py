@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastalign.errors import HeadMismatchError, ModelError
 from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.heads import active_module
 from fastalign.models.load import prepare, read_config, read_model, resolve_adapter
 from fastalign.models.trunk import causal_lm, evaluation, stock_attention, text_config, trunk
 from fastalign.types import PackedBatch
@@ -110,7 +111,7 @@ def _head_inputs(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     causal = causal_lm(model)
     hidden = trunk(model, batch).hidden.index_select(0, _last_tokens(batch, text_config(causal).pad_token_id))
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.to(wide), _active(causal.score).weight.to(wide)
+    return hidden.to(wide), active_module(causal.score).weight.to(wide)
 
 
 def _last_tokens(batch: PackedBatch, pad_token_id: int) -> Tensor:
@@ -119,15 +120,6 @@ def _last_tokens(batch: PackedBatch, pad_token_id: int) -> Tensor:
     seen = torch.where(batch.input_ids != pad_token_id, rows, 0).cummax(0).values
     starts, stops = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
     return seen[stops - 1].maximum(starts)
-
-
-def _active(head: Any) -> Any:
-    """Look through PEFT's copy of a layer that is trained in full."""
-    if not hasattr(head, "modules_to_save"):
-        return head
-    if head.disable_adapters or not head.active_adapters:
-        return head.original_module
-    return head.modules_to_save[head.active_adapters[0]]
 
 
 def _is_classifier(config: Any) -> bool:
