@@ -5,6 +5,9 @@ Backends, by this rule: on CUDA in half precision, `flash_attn` where installed,
 sequence: SDPA, or plain matrix products where SDPA has no such option. Transformers is told nothing about masks: it
 builds none for an implementation that it does not know, and the sequence boundaries come with the forward's keyword
 arguments, which gradient checkpointing keeps.
+
+Where a batch shares prompts, the queries of a piece see the keys of its prefix and its own, aligned at the end: the kernels
+get the keys gathered piece by piece, and SDPA a mask.
 """
 
 from __future__ import annotations
@@ -21,18 +24,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalign.errors import ModelError
-from fastalign.types import PackedBatch
+from fastalign.types import PackedBatch, SharedPrompts
 
 NAME = "fastalign"
 WINDOW_BLOCK = 128  # queries that share one band mask where the window is smaller
 
 
 class Segments:
-    """Sequence boundaries of one packed forward on the host, and how often attention was computed with them."""
+    """The pieces of one packed forward on the host, what they share, and how often attention was computed with them."""
 
-    def __init__(self, bounds: tuple[int, ...]) -> None:
+    def __init__(self, bounds: tuple[int, ...], shared: SharedPrompts | None = None) -> None:
         self.lengths = [stop - start for start, stop in pairwise(bounds)]
+        self.shared = shared
         self.calls = 0
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+
+    def with_prefix(self, values: Tensor) -> list[Tensor]:
+        """Keys or values (1, H, N, d), for each piece those that its queries may see."""
+        own = values.split(self.lengths, dim=2)
+        if self.shared is None:
+            return list(own)
+        return [x if p < 0 else torch.cat([own[p], x], dim=2) for p, x in zip(self.shared.prefix, own)]
+
+    def mask(self, rows: int, columns: int, offset: int, window: int | None, device: torch.device) -> Tensor:
+        """`_band` of these, made once for all layers."""
+        key = (rows, columns, offset, window, device)
+        if key not in self._masks:
+            self._masks[key] = _band(*key)
+        return self._masks[key]
 
 
 def register() -> None:
@@ -44,12 +63,13 @@ def register() -> None:
 
 def attention_kwargs(batch: PackedBatch) -> dict[str, Any]:
     """The keyword arguments that a model's forward must hand down to its attention layers for `batch`."""
+    shared = batch.shared
     return {
         "cu_seq_lens_q": batch.cu_seqlens,
-        "cu_seq_lens_k": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens if shared is None else shared.cu_seqlens_k,
         "max_length_q": batch.max_seqlen,
-        "max_length_k": batch.max_seqlen,
-        "segments": Segments(batch.bounds),
+        "max_length_k": batch.max_seqlen if shared is None else shared.max_seqlen_k,
+        "segments": Segments(batch.bounds, shared),
     }
 
 
@@ -67,7 +87,9 @@ def attention_forward(
     s_aux: Tensor | None = None,  # (H,) attention sinks
     segments: Segments | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as Transformers calls it; returns ((1, N, H, d_v), None).
@@ -76,7 +98,7 @@ def attention_forward(
     position bias of its own, keeps a cache, or attends in both directions.
     """
     name = type(module).__name__
-    if segments is None or cu_seq_lens_q is None or max_length_q is None:
+    if segments is None or cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
         raise ModelError(
             f"{name} was called without sequence boundaries: either the model drops keyword arguments on the way to its attention "
             'layers (then it cannot be packed), or it was called outside of fastalign (use model.set_attn_implementation("sdpa") first)'
@@ -91,50 +113,72 @@ def attention_forward(
             "packed attention takes one row of tokens and no key/value cache"
         )
     segments.calls += 1
-    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    window = sliding_window if sliding_window is not None and sliding_window < max_length_k else None
     softcap = softcap or None
     kernel = _varlen_kernel(query, softcap, s_aux)
     if kernel is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return kernel(q, k, v, cu_seq_lens_q, max_length_q, dropout, scaling, window, softcap).unsqueeze(0), None
+        if segments.shared is not None:
+            k, v = (_GatherKeys.apply(x, segments.shared) for x in (k, v))
+        out = kernel(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, dropout, scaling, window, softcap)
+        return out.unsqueeze(0), None
     outs = []
-    for q, k, v in zip(*(x.split(segments.lengths, dim=2) for x in (query, key, value))):
-        outs.append(_one_sequence(q, k, v, dropout, scaling, window, softcap, s_aux))
+    for q, k, v in zip(query.split(segments.lengths, dim=2), segments.with_prefix(key), segments.with_prefix(value)):
+        outs.append(_one_piece(q, k, v, segments, dropout, scaling, window, softcap, s_aux))
     return torch.cat(outs, dim=1), None
 
 
-def _one_sequence(
-    query: Tensor,
-    key: Tensor,
+def _one_piece(
+    query: Tensor,  # (1, H, L, d)
+    key: Tensor,  # (1, H_kv, K, d), the last L of them the queries' own
     value: Tensor,
+    segments: Segments,
     dropout: float,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """(1, H, L, d) -> (1, L, H, d_v). A window is walked in blocks of queries, each with the keys that it can see."""
-    length = query.shape[2]
+    """-> (1, L, H, d_v). A window is walked in blocks of queries, each with the keys that it can see."""
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
     compute = _sdpa if softcap is None and sinks is None else _matmul
-    block = length if window is None or window >= length else max(window, WINDOW_BLOCK)
+    if window is not None and window >= length + before:
+        window = None
+    block = length if window is None else max(window, WINDOW_BLOCK)
     outs = []
     for start in range(0, max(length, 1), max(block, 1)):
         stop = min(start + block, length)
-        first = 0 if window is None else max(0, start - window + 1)
+        first = 0 if window is None else max(0, before + start - window + 1)
         mask = None
-        if window is not None and window < length:
-            mask = _band(stop - start, stop - first, start - first, window, query.device)
-        k, v = (key, value) if block == length else (key[:, :, first:stop], value[:, :, first:stop])
-        q = query if block == length else query[:, :, start:stop]
-        outs.append(compute(q, k, v, mask, dropout, scaling, softcap, sinks))
+        if window is not None or before or compute is _matmul:
+            mask = segments.mask(stop - start, before + stop - first, before + start - first, window, query.device)
+        k, v = key[:, :, first : before + stop], value[:, :, first : before + stop]
+        outs.append(compute(query[:, :, start:stop], k, v, mask, dropout, scaling, softcap, sinks))
     return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).transpose(1, 2)
 
 
-@cache
-def _band(rows: int, columns: int, offset: int, window: int, device: torch.device) -> Tensor:
-    """(rows, columns) bool: query i, at key `i + offset`, sees itself and the `window - 1` keys before it."""
+def _band(rows: int, columns: int, offset: int, window: int | None, device: torch.device) -> Tensor:
+    """(rows, columns) bool: query i, at key `i + offset`, sees itself and the `window - 1` keys before it, or all."""
     distance = torch.arange(rows, device=device)[:, None] + offset - torch.arange(columns, device=device)[None]
-    return (distance >= 0) & (distance < window)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+class _GatherKeys(torch.autograd.Function):
+    """(N, H, d) -> (K, H, d), the rows `shared.key_rows`. The gradient adds up in float32 and in a fixed order, without atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, shared: SharedPrompts) -> Tensor:
+        ctx.shared = shared
+        return values.index_select(0, shared.key_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        shared, (grad,) = ctx.shared, upstream
+        turns = [shared.key_order[start:stop] for start, stop in pairwise(shared.key_turns)]
+        total = grad.index_select(0, turns[0]).float()  # every row once, in order
+        for turn in turns[1:]:
+            total.index_add_(0, shared.key_rows[turn], grad.index_select(0, turn).float())
+        return total.to(grad.dtype), None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, *_: Any) -> Tensor:
@@ -155,8 +199,7 @@ def _matmul(
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
-        mask = _band(q.shape[2], k.shape[2], 0, k.shape[2] + 1, q.device)
+    assert mask is not None, "plain products know no causality of their own"
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
@@ -166,8 +209,9 @@ def _matmul(
     return F.dropout(probs.to(v.dtype), dropout) @ v
 
 
-# A varlen kernel: (q (N, H, d), k, v, cu_seqlens, max_seqlen, dropout, scaling, window, softcap) -> (N, H, d_v)
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, "float | None", "int | None", "float | None"], Tensor]
+# A varlen kernel: (q (N, H, d), k (K, H_kv, d), v, cu_seqlens of q and of k, their longest, dropout, scaling, window, softcap)
+# -> (N, H, d_v); queries are aligned with the last keys of their piece.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, "float | None", "int | None", "float | None"], Tensor]
 
 
 def _varlen_kernel(query: Tensor, softcap: float | None, sinks: Tensor | None) -> Kernel | None:
@@ -198,8 +242,10 @@ def _flash_attn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu: Tensor,
-    longest: int,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
     dropout: float,
     scaling: float | None,
     window: int | None,
@@ -211,10 +257,10 @@ def _flash_attn(
         q,
         k,
         v,
-        cu,
-        cu,
-        longest,
-        longest,
+        cu_q,
+        cu_k,
+        longest_q,
+        longest_k,
         dropout_p=dropout,
         softmax_scale=scaling,
         causal=True,
@@ -228,8 +274,10 @@ def _torch_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu: Tensor,
-    longest: int,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
     dropout: float,
     scaling: float | None,
     window: int | None,
@@ -240,6 +288,6 @@ def _torch_varlen(
     if dropout:
         raise ModelError("torch's varlen attention has no dropout: set the model's attention dropout to 0 or install flash-attn")
     left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor)
     return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,6 +78,11 @@ class Sample:
         return len(self.prompt) * len(self.completions) - sum(self.skip) + sum(map(len, self.completions))
 
     @property
+    def shared_context(self) -> tuple[int, ...] | None:
+        """The prompt, when every completion continues the whole of it; None when they are cut differently."""
+        return self.prompt if self.completions and not self.skip else None
+
+    @property
     def scored(self) -> tuple[int, ...]:
         """Scored tokens of each sequence: those of its completion that `masks` keeps, without a first token that nothing precedes."""
         firsts = [int(not context) for context in self.contexts]
@@ -91,32 +97,75 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class SharedPrompts:
+    """Which pieces of a packed batch continue which: a sequence with a shared prompt is two pieces, the prompt's and its own.
+
+    Queries of a piece see the keys of its prefix and its own. `key_rows` lays these keys end to end, piece by piece.
+    """
+
+    prefix: tuple[int, ...]  # (pieces,) the piece that each continues, an earlier one; -1: none
+    ends: tuple[int, ...]  # (S,) the piece that ends each sequence
+    cu_seqlens_k: Tensor  # (pieces+1,) int32
+    max_seqlen_k: int
+    key_rows: Tensor  # (K,) int64, rows of the batch
+    key_order: Tensor  # (K,) int64, places in key_rows in turns that hold no row twice, the first one every row in order
+    key_turns: tuple[int, ...]  # bounds of the turns in key_order
+
+    def to(self, device: torch.device | str) -> SharedPrompts:
+        """The same with every tensor on `device`."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Sequences laid end to end, without padding.
 
     Row i of the trunk's output predicts `target[i]`; `target` is IGNORE_INDEX before what is not scored (prompts, masked
     tokens) and on every last token. The `live` rows are those with a target, in order; only they need to reach the head.
+
+    The rows come in pieces: sequences, or, where `shared` says so, prompts that several sequences begin with and what each
+    of these goes on with.
     """
 
     input_ids: Tensor  # (N,) int64
-    position_ids: Tensor  # (N,) int64, restarts at 0 in every sequence
-    cu_seqlens: Tensor  # (S+1,) int32
+    position_ids: Tensor  # (N,) int64, place in the sequence
+    cu_seqlens: Tensor  # (pieces+1,) int32
     max_seqlen: int
     target: Tensor  # (N,) int64
     live: Tensor  # (L,) int64, rows with a target
     live_target: Tensor  # (L,) int64, target[live]
     live_cu_seqlens: Tensor  # (S+1,) int32, boundaries of the sequences in the live rows
     live_bounds: tuple[int, ...]  # live_cu_seqlens as integers on the host
-    bounds: tuple[int, ...]  # cu_seqlens as integers on the host
+    bounds: tuple[int, ...]  # cu_seqlens as integers on the host, the pieces' bounds
     index: tuple[int, ...]  # (B,) data-set row of each sample
     completions: tuple[int, ...]  # (B,) sequences of each sample, in order
     weight: Tensor  # (B,) float32
     margin: Tensor  # (B,) float32
     labels: Tensor | None = None  # (S,) float32, one number per sequence; None when the samples have no labels
+    shared: SharedPrompts | None = None  # None: every piece is a sequence
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            f.name: v.to(device, non_blocking=True) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return _moved(self, device)
+
+    def sequences(self) -> list[list[int]]:
+        """The rows of each of the S sequences, in order, those of a shared prompt first."""
+        pieces = [list(range(start, stop)) for start, stop in pairwise(self.bounds)]
+        if self.shared is None:
+            return pieces
+        prefix = self.shared.prefix
+        return [pieces[prefix[end]] + pieces[end] if prefix[end] >= 0 else pieces[end] for end in self.shared.ends]
+
+
+Record = TypeVar("Record", PackedBatch, SharedPrompts)
+
+
+def _moved(record: Record, device: torch.device | str) -> Record:
+    moved: dict[str, Any] = {}
+    for f in fields(record):
+        value = getattr(record, f.name)
+        if isinstance(value, Tensor):
+            moved[f.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, SharedPrompts):
+            moved[f.name] = value.to(device)
+    return replace(record, **moved)

@@ -7,25 +7,37 @@ from transformers import AttentionInterface
 from fastalign import attention
 from fastalign.errors import ModelError
 from fastalign.packing import collate
-from fastalign.types import Sample
+from fastalign.types import PackedBatch, Sample
 
 LENGTHS = [7, 1, 20, 13]
+BATCH = collate([Sample(i, (1,), ((2,) * (n - 1),)) for i, n in enumerate(LENGTHS)])
+SHARED = collate(  # as many tokens: a prompt of 17 for three sequences of 1, 5 and 12 more tokens, and two sequences of their own
+    [Sample(0, (3,) * 18, ((), (2,) * 4)), Sample(1, (4,), ((2,) * 2,)), Sample(2, (3,) * 18, ((5,) * 11,)), Sample(3, (6,), ((2,) * 2,))],
+    share=True,
+)
 
 
-def packed() -> dict:
-    return attention.attention_kwargs(collate([Sample(i, (1,), ((2,) * (n - 1),)) for i, n in enumerate(LENGTHS)]))
+def packed(batch: PackedBatch = BATCH) -> dict:
+    return attention.attention_kwargs(batch)
 
 
-def dense(q, k, v, scaling=None, window=None, softcap=None, sinks=None) -> torch.Tensor:
+def visible(batch: PackedBatch) -> torch.Tensor:
+    """(N, N) how far behind each row another one is in one of its sequences; huge where it is in none."""
+    distance = torch.full((len(batch.input_ids),) * 2, 10**6)
+    for rows in batch.sequences():
+        for i, row in enumerate(rows):
+            distance[row, rows[: i + 1]] = torch.arange(i, -1, -1)
+    return distance
+
+
+def dense(q, k, v, scaling=None, window=None, softcap=None, sinks=None, batch=BATCH) -> torch.Tensor:
     """One masked attention over all packed tokens; (1, H, N, d) -> (1, N, H, d)."""
     n, groups = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.transpose(2, 3) * (scaling or q.shape[-1] ** -0.5)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    i, j = torch.arange(n)[:, None], torch.arange(n)[None]
-    allowed = (segment[:, None] == segment[None]) & (j <= i) & (i - j < (window or n))
+    allowed = visible(batch) < (window or n)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, n, 1)], -1)
@@ -55,12 +67,15 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("block", [3, 64])
-def test_values_and_gradients_equal_one_masked_attention(options: dict, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [BATCH, SHARED], ids=["separate", "shared prompt"])
+def test_values_and_gradients_equal_one_masked_attention(
+    options: dict, block: int, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "WINDOW_BLOCK", block)
     q, k, v = tensors()
     names = {"sliding_window": "window", "s_aux": "sinks"}
-    want = dense(q, k, v, **{names.get(key, key): value for key, value in options.items()})
-    got, weights = attention.attention_forward(SimpleNamespace(), q, k, v, None, **options, **packed())
+    want = dense(q, k, v, **{names.get(key, key): value for key, value in options.items()}, batch=batch)
+    got, weights = attention.attention_forward(SimpleNamespace(), q, k, v, None, **options, **packed(batch))
     assert weights is None
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -113,3 +128,17 @@ def test_register_twice() -> None:
     attention.register()
     attention.register()
     assert AttentionInterface()[attention.NAME] is attention.attention_forward
+
+
+def test_gathered_keys_are_those_of_each_piece_and_their_gradient_adds_up() -> None:
+    shared = SHARED.shared
+    assert shared is not None and max(shared.key_turns) == len(shared.key_rows)
+    _, k, _ = tensors()
+    rows = k[0].transpose(0, 1)
+    got = attention._GatherKeys.apply(rows, shared)
+    segments = packed(SHARED)["segments"]
+    want = torch.cat(segments.with_prefix(k), dim=2)[0].transpose(0, 1)
+    assert torch.equal(got, want)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (a,), (b,) = (torch.autograd.grad((x * upstream).sum(), k) for x in (got, want))
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # ours adds up in float32

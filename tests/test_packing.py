@@ -4,8 +4,9 @@ import time
 import pytest
 import torch
 
+from fastalign import packing
 from fastalign.errors import ConfigError
-from fastalign.packing import collate, pack
+from fastalign.packing import batches, collate, pack, pack_samples, packed_tokens, spared_tokens
 from fastalign.types import IGNORE_INDEX, Sample
 
 
@@ -121,3 +122,87 @@ def test_labels_and_margins_follow_their_sequences() -> None:
         collate([PAIRS[0], Sample(1, (1,), ((2,),), labels=(0.0,))])
     with pytest.raises(AssertionError, match="one entry per completion token"):
         collate([Sample(1, (1,), ((2, 3),), masks=((True,),))])
+
+
+@pytest.fixture
+def share_from_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SHARE_FROM", 3)
+
+
+SHARING = [
+    Sample(4, (1, 2, 3), ((4, 5), (6,))),
+    Sample(5, (1, 2), ((3,), (4,))),  # too short to be shared
+    Sample(6, (1, 2, 3), ((), (7, 8, 9))),  # the prompt of the first; a completion without a token
+    Sample(7, (5, 6, 7, 8), ((1,), (2,)), skip=(0, 1)),  # cut differently, so nothing is shared
+]
+
+
+@pytest.mark.usefixtures("share_from_3")
+def test_shared_prompts_are_there_once_and_end_in_every_sequence() -> None:
+    batch, apart = collate(SHARING, share=True), collate(SHARING)
+    assert batch.input_ids.tolist()[:16] == [1, 2, 3, 4, 5, 3, 6, 1, 2, 3, 1, 2, 4, 3, 3, 7]
+    assert batch.position_ids.tolist()[:16] == [0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 0, 1, 2, 2, 2, 3]
+    assert batch.bounds == (0, 2, 5, 7, 10, 13, 14, 18, 23, 27)
+    shared = batch.shared
+    assert shared is not None
+    assert shared.prefix == (-1, 0, 0, -1, -1, 0, 0, -1, -1)
+    assert shared.ends == (1, 2, 3, 4, 5, 6, 7, 8)
+    for name in ("live_target", "live_cu_seqlens", "index", "completions"):
+        assert torch.equal(torch.as_tensor(getattr(batch, name)), torch.as_tensor(getattr(apart, name)))
+    for ours, theirs in zip(batch.sequences(), apart.sequences(), strict=True):
+        assert torch.equal(batch.input_ids[ours], apart.input_ids[theirs])
+        assert torch.equal(batch.position_ids[ours], apart.position_ids[theirs])
+    assert torch.equal(batch.target[batch.live], batch.live_target)
+    assert torch.equal((batch.target != IGNORE_INDEX).nonzero()[:, 0], batch.live)
+    assert len(apart.input_ids) - len(batch.input_ids) == spared_tokens(SHARING) == 6
+
+
+@pytest.mark.usefixtures("share_from_3")
+def test_keys_of_a_piece_are_those_of_its_prefix_and_its_own() -> None:
+    batch = collate(SHARING, share=True)
+    shared = batch.shared
+    assert shared is not None
+    parts = shared.key_rows.split(shared.cu_seqlens_k.diff().tolist())
+    pieces = [list(range(a, b)) for a, b in zip(batch.bounds, batch.bounds[1:])]
+    assert [part.tolist() for part in parts] == [(pieces[p] if p >= 0 else []) + own for p, own in zip(shared.prefix, pieces)]
+    assert shared.max_seqlen_k == max(map(len, parts)) == 6
+    assert sorted(shared.key_order.tolist()) == list(range(len(shared.key_rows)))
+    turns = [shared.key_rows[shared.key_order[a:b]].tolist() for a, b in zip(shared.key_turns, shared.key_turns[1:])]
+    assert turns[0] == list(range(len(batch.input_ids)))
+    assert turns[1:] == [[0, 1]] * 4
+
+
+@pytest.mark.usefixtures("share_from_3")
+def test_nothing_is_shared_where_nothing_repeats() -> None:
+    assert collate([SHARING[1], SHARING[3]], share=True).shared is None
+    assert collate([Sample(0, (1, 2, 3, 4), ((5,),)), Sample(1, (1, 2, 3, 5), ((5,),))], share=True).shared is None
+    assert collate(SHARING).shared is None
+    assert collate([], share=True).shared is None
+
+
+@pytest.mark.usefixtures("share_from_3")
+@pytest.mark.parametrize("seed", range(5))
+def test_bins_hold_every_sample_once_within_the_budget_and_prompts_together(seed: int) -> None:
+    rng = random.Random(seed)
+    prompts = [tuple(rng.randrange(9) for _ in range(rng.randint(0, 20))) for _ in range(6)]
+    samples = [Sample(i, rng.choice(prompts), tuple((i,) * rng.randint(1, 12) for _ in range(rng.randint(1, 3)))) for i in range(60)]
+    for budget in (110, 200, 4000):
+        found = list(batches(samples, budget, share=True))
+        assert [members for members, _ in found] == pack_samples(samples, budget, share=True)
+        assert sorted(i for members, _ in found for i in members) == list(range(60))
+        assert max(len(batch.input_ids) for _, batch in found) <= budget
+        assert all(members == sorted(members) for members, _ in found)
+        assert len(found) < len(pack_samples(samples, budget)) or budget == 4000
+    ((members, batch),) = batches(samples, 4000, share=True)
+    assert len(members) == 60 and len(set(batch.shared.prefix)) <= 7
+
+
+@pytest.mark.usefixtures("share_from_3")
+def test_a_sample_that_only_fits_with_its_prompt_shared() -> None:
+    long = Sample(0, tuple(range(30)), ((1, 2), (3,)))
+    assert (packed_tokens(long, share=True), packed_tokens(long, share=False)) == (34, 63)
+    assert pack_samples([long], 34, share=True) == [[0]]
+    with pytest.raises(ConfigError, match="sample 1 has 34 tokens, more than max_tokens=33"):
+        pack_samples([SHARING[1], long, long], 33, share=True)
+    with pytest.raises(ConfigError, match="sample 0 has 63 tokens, more than max_tokens=40"):
+        pack_samples([long], 40)

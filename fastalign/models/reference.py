@@ -29,7 +29,7 @@ from fastalign.models.adapters import POLICY, has_adapter, reference_adapter
 from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.heads import HeadSpec, head_spec
 from fastalign.models.trunk import evaluation, trunk
-from fastalign.packing import collate, pack
+from fastalign.packing import batches
 from fastalign.segments import segment_sum, shared_length_sum
 from fastalign.types import PackedBatch, Sample
 
@@ -51,6 +51,8 @@ class ReferenceOptions(Protocol):
     def reference(self) -> str: ...
     @property
     def max_tokens(self) -> int: ...
+    @property
+    def share_prompts(self) -> bool: ...
     @property
     def logits_budget(self) -> int | None: ...
 
@@ -86,6 +88,7 @@ def build_reference(
             Path(folder) / "reference",
             data.fingerprint,
             max_tokens=config.max_tokens,
+            share=config.share_prompts,
             budget=config.logits_budget,
             ld_alpha=ld_alpha,
         )
@@ -186,6 +189,7 @@ class CachedReference:
         data_fingerprint: str,
         *,
         max_tokens: int,
+        share: bool = False,
         budget: int | None = None,
         ld_alpha: float | None = None,
     ) -> CachedReference:
@@ -199,7 +203,7 @@ class CachedReference:
         count = sum(len(sample.completions) for sample in samples)
         logps = _read(file, key, count)
         if logps is None:
-            logps = _compute(model, samples, max_tokens, budget, ld_alpha)
+            logps = _compute(model, samples, max_tokens, share, budget, ld_alpha)
             _write(file, logps, {"key": key, "data": data_fingerprint, "sequences": str(count)})
         return cls(samples, logps)
 
@@ -219,17 +223,16 @@ def _key(model: Any, samples: Sequence[Sample], data_fingerprint: str) -> str:
     return digest.hexdigest()
 
 
-def _compute(model: Any, samples: Sequence[Sample], max_tokens: int, budget: int | None, ld_alpha: float | None) -> Tensor:
+def _compute(model: Any, samples: Sequence[Sample], max_tokens: int, share: bool, budget: int | None, ld_alpha: float | None) -> Tensor:
     device = next(model.parameters()).device
     starts = (0, *accumulate(len(sample.completions) for sample in samples))
     logps = torch.empty(starts[-1], dtype=torch.float32)
     off: AbstractContextManager[None] = reference_adapter(model) if has_adapter(model) else nullcontext()
     with off:
         head = head_spec(model)
-        for bin_ in pack([sample.num_tokens for sample in samples], max_tokens):
-            batch = collate([samples[i] for i in bin_]).to(device)
-            found = sequence_logps(model, batch, head=head, budget=budget, ld_alpha=ld_alpha).cpu()
-            places = [row for i in bin_ for row in range(starts[i], starts[i + 1])]
+        for members, batch in batches(samples, max_tokens, share=share):
+            found = sequence_logps(model, batch.to(device), head=head, budget=budget, ld_alpha=ld_alpha).cpu()
+            places = [row for i in members for row in range(starts[i], starts[i + 1])]
             logps[places] = found
     return logps
 

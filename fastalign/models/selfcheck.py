@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalign.errors import HeadMismatchError
-from fastalign.models.heads import head_spec
+from fastalign.errors import HeadMismatchError, ModelError
+from fastalign.models.heads import HeadSpec, head_spec
 from fastalign.models.trunk import causal_lm, evaluation, stock_attention, text_config, trunk
 from fastalign.packing import collate
 from fastalign.types import PackedBatch, Sample
@@ -18,16 +19,17 @@ from fastalign.types import PackedBatch, Sample
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
-def self_check(model: Any, batch: PackedBatch, *, sequences: int = 4, tokens: int = 1024, rows: int = 8) -> float:
+def self_check(model: Any, batch: PackedBatch, *, share: bool = False, sequences: int = 4, tokens: int = 1024, rows: int = 8) -> float:
     """Compare fused log-probs with the model's own logits, and return the largest difference.
 
     The first `sequences` sequences of `batch` (each cut to `tokens`) run packed through our attention and head, and one
     at a time through the model's own forward with Transformers' attention; the last `rows` positions of each are compared.
-    Dropout is off, no gradient is kept, no random number is drawn. Raises HeadMismatchError beyond the tolerance.
+    With `share` the same is asked of sequences that share their prompts. Dropout is off, no gradient is kept, no random
+    number is drawn. Raises HeadMismatchError beyond the tolerance.
     """
     samples: list[Sample] = []
-    for start, stop in list(pairwise(batch.bounds))[:sequences]:
-        ids = tuple(batch.input_ids[start : min(stop, start + tokens)].tolist())
+    for row in batch.sequences()[:sequences]:
+        ids = tuple(batch.input_ids[row[:tokens]].tolist())
         if len(ids) > 1:
             scored = min(rows, len(ids) - 1)
             samples.append(Sample(len(samples), ids[:-scored], (ids[-scored:],)))
@@ -38,6 +40,8 @@ def self_check(model: Any, batch: PackedBatch, *, sequences: int = 4, tokens: in
         head = head_spec(model)
         fused = head.logps(trunk(model, packed).hidden[packed.live], packed.live_target).logps
         own = own_logps(model, packed)
+        if share:
+            _check_shared(model, head, samples, fused)
     difference = (fused - own).abs() / own.abs().clamp(min=1.0)
     worst = float(difference.max())
     if not worst <= _TOLERANCE[head.weight.dtype]:
@@ -47,6 +51,23 @@ def self_check(model: Any, batch: PackedBatch, *, sequences: int = 4, tokens: in
             "Training would optimise another model than the one that generates, so it does not start"
         )
     return worst
+
+
+def _check_shared(model: Any, head: HeadSpec, samples: list[Sample], packed: Tensor) -> None:
+    """Raise ModelError unless two copies of every sequence give, with one prompt for both, what `packed` says of one."""
+    twice = [replace(sample, completions=sample.completions * 2) for sample in samples]
+    batch = collate(twice, share=True).to(packed.device)
+    if batch.shared is None:
+        return
+    fused = head.logps(trunk(model, batch).hidden[batch.live], batch.live_target).logps
+    counts = [len(sample.completions[0]) for sample in samples]
+    pairs = zip(fused.split([2 * n for n in counts]), packed.split(counts))
+    worst = max(float(((both.view(2, -1) - one).abs() / one.abs().clamp(min=1.0)).max()) for both, one in pairs)
+    if not worst <= _TOLERANCE[head.weight.dtype]:
+        raise ModelError(
+            f"{type(causal_lm(model)).__name__}: log-probs of sequences that share their prompt differ by up to {worst:.3g} from those of "
+            "separate ones, so its attention cannot branch; set --share_prompts false"
+        )
 
 
 def own_logps(model: Any, batch: PackedBatch) -> Tensor:

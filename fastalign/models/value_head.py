@@ -9,7 +9,6 @@ puts the score on the token before EOS, in training as in use.
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,8 @@ def check_scores(model: Any, batch: PackedBatch, *, sequences: int = 4) -> float
         hidden, weight = _head_inputs(model, batch)
         packed = F.linear(hidden, weight)[:sequences, 0].float()
         with stock_attention(model):
-            parts = list(pairwise(batch.bounds))[:sequences]
-            own = torch.cat([causal(input_ids=batch.input_ids[None, a:b], use_cache=False).logits[:, 0].float() for a, b in parts])
+            parts = batch.sequences()[:sequences]
+            own = torch.cat([causal(input_ids=batch.input_ids[None, rows], use_cache=False).logits[:, 0].float() for rows in parts])
     scale = max(float(own.abs().max()), float(hidden.norm(dim=1).max() * weight.detach().norm()) / hidden.shape[1] ** 0.5)
     worst = float((packed - own).abs().max()) / max(scale, 1e-30)
     dtype = next(model.parameters()).dtype
@@ -117,9 +116,14 @@ def _head_inputs(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
 def _last_tokens(batch: PackedBatch, pad_token_id: int) -> Tensor:
     """(S,) the row of each sequence's last token that is not padding; of a sequence of nothing else its first, as in Transformers."""
     rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
-    seen = torch.where(batch.input_ids != pad_token_id, rows, 0).cummax(0).values
+    seen = torch.where(batch.input_ids != pad_token_id, rows, -1).cummax(0).values
     starts, stops = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
-    return seen[stops - 1].maximum(starts)
+    last = seen[stops - 1]
+    if batch.shared is None:
+        return last.maximum(starts)
+    begin, ends = (torch.tensor(x).to(rows.device, non_blocking=True) for x in (batch.shared.prefix, batch.shared.ends))
+    begin = torch.where(begin >= 0, begin, torch.arange(len(begin), device=rows.device))  # the piece that each sequence begins with
+    return torch.where(last >= starts, last, last[begin].maximum(starts[begin]))[ends]
 
 
 def _is_classifier(config: Any) -> bool:

@@ -80,7 +80,7 @@ class Dataset(Protocol):
 
 @dataclass
 class RunConfig:
-    """Options that every algorithm has. A step's result depends on none of `max_tokens`, `logits_budget` and `metrics`."""
+    """Options that every algorithm has. A step's result does not depend on `max_tokens`, `share_prompts`, `logits_budget` and `metrics`."""
 
     name: ClassVar[str] = ""
 
@@ -101,6 +101,8 @@ class RunConfig:
     """Samples per optimizer step (a preference pair is one sample)."""
     max_tokens: int = 4096
     """Tokens per micro-batch; bounds the memory, does not change the result."""
+    share_prompts: bool = True
+    """Compute a prompt once for all sequences of a micro-batch that begin with it, where it is long enough to save work."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
@@ -183,7 +185,7 @@ class RunConfig:
 
     def check_model(self, model: Any, batch: PackedBatch) -> None:
         """Raise HeadMismatchError unless `model` gives for `batch` what it gives without us."""
-        self_check(model, batch)
+        self_check(model, batch, share=self.share_prompts)
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Dataset:
         """The training and held-out samples of this algorithm; `vocab_size` rows of the head, if they are known yet."""

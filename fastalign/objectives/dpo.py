@@ -32,7 +32,7 @@ from fastalign.objectives.pairs import (
     pair_loss,
     pair_metrics,
 )
-from fastalign.packing import collate, pack
+from fastalign.packing import batches
 from fastalign.types import PackedBatch, Sample
 
 _COUPLED = ("aot", "aot_unpaired")
@@ -236,10 +236,9 @@ class DPO:
 
     def _score(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """(P, 2) log-probs of the samples under the policy and the reference, without gradient."""
-        bins = pack([sample.num_tokens for sample in samples], self.config.max_tokens)
         found = torch.empty(2, len(samples), 2, device=self.head.weight.device)
-        for members in bins:
-            batch = collate([samples[i] for i in members]).to(found.device)
+        for members, packed in batches(samples, self.config.max_tokens, share=self.config.share_prompts):
+            batch = packed.to(found.device)
             scored = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget, ld_alpha=self.config.ld_alpha)
             found[0, members], found[1, members] = scored.view(-1, 2), self._ref_logps(batch).view(-1, 2)
         return found[0], found[1]

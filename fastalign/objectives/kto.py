@@ -20,7 +20,7 @@ from fastalign.models.reference import CachedReference, Reference, build_referen
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.objectives.pairs import METRIC_OUTPUTS, Sums, add_aux_loss, add_sums
-from fastalign.packing import collate, pack
+from fastalign.packing import batches
 from fastalign.segments import segment_sum, segments_in
 from fastalign.types import HeadOutput, PackedBatch, Sample
 
@@ -180,12 +180,13 @@ class KTO:
     def _estimate(self, rows: Sequence[Sample]) -> Tensor:
         """The KL from mismatched rows, a scalar; policy and reference score them in packs of their own."""
         device, log_probs = self.head.weight.device, []
-        bins = pack([row.num_tokens for row in rows], self.config.max_tokens)
-        for members in bins:
-            batch = collate([rows[i] for i in members]).to(device)
+        order: list[int] = []
+        for members, packed in batches(rows, self.config.max_tokens, share=self.config.share_prompts):
+            batch = packed.to(device)
+            order += members
             policy = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget)
             log_probs.append(torch.stack([policy, self.mismatched_reference.logps(batch)]))
-        counts = torch.tensor([rows[i].num_targets > 0 for members in bins for i in members]).to(device)
+        counts = torch.tensor([rows[i].num_targets > 0 for i in order]).to(device)
         logps, ref_logps = torch.cat(log_probs, dim=1)
         return mismatched_kl(logps, ref_logps, counts)
 

@@ -105,9 +105,8 @@ class ORPO:
 
     def _prompt_nll(self, hidden: Tensor, batch: PackedBatch, tokens: float, sums: Sums) -> Tensor:
         """The likelihood term of the prompts of the chosen sequences, which are scored nowhere else."""
-        lasts = [bound - 1 for bound in batch.bounds[1::2]]  # of the chosen sequences; their scored rows come right before
         scored = [end - start for start, end in zip(batch.live_bounds[0::2], batch.live_bounds[1::2])]
-        spans = [range(start, last - count) for start, last, count in zip(batch.bounds[0::2], lasts, scored)]
+        spans = [rows[: len(rows) - 1 - count] for rows, count in zip(batch.sequences()[0::2], scored)]
         rows = torch.tensor(list(chain.from_iterable(spans)), dtype=torch.int64).to(hidden.device)
         lengths = torch.tensor([len(span) for span in spans]).to(hidden.device)
         weight = batch.weight.repeat_interleave(lengths, output_size=rows.shape[0])
@@ -118,6 +117,6 @@ class ORPO:
             return -(out.logps * weight[part]).sum() / tokens
 
         options: dict[str, Any] = {"differentiable": ("logps",), "live_rows": rows.shape[0], "budget": self.budget}
-        loss = self.head.loss(hidden.index_select(0, rows), batch.input_ids[rows + 1], nll, **options)
+        loss = self.head.loss(hidden[rows], batch.input_ids[rows + 1], nll, **options)  # rows repeat where pairs share a prompt
         add_sums(sums, {"nll_loss": torch.stack(unweighted).sum() / tokens})
         return loss

@@ -23,7 +23,7 @@ from fastalign.models.heads import lm_head_weight
 from fastalign.models.save import save_final
 from fastalign.models.trunk import causal_lm
 from fastalign.objectives.base import Online, RunConfig, Stateful
-from fastalign.packing import collate
+from fastalign.packing import collate, spared_tokens
 from fastalign.train import checkpoint
 from fastalign.train.card import write_card
 from fastalign.train.checkpoint import Found, Identity, Progress
@@ -70,7 +70,7 @@ class _Run:
         self.tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         self.data = config.load_data(self.tokenizer, head_vocab_size(config.model.path))  # before the model: mistakes show sooner
         samples = [*self.data.samples, *self.data.eval_samples]
-        check_lengths(samples, config.max_tokens)
+        check_lengths(samples, config.max_tokens, share=config.share_prompts)
         torch.manual_seed(config.seed)
         self.model = config.load_model(self.tokenizer)
         self.device = next(self.model.parameters()).device
@@ -138,13 +138,13 @@ class _Run:
             self.answers = self.objective.shown(progress.step + 1)
         rate = learning_rate(progress.step, self.order.total_steps, config)
         self.optimizer.zero_grad()
-        sums, denominators = run_step(self.objective, micro_batches(samples, config.max_tokens), device=self.device)
+        bins = micro_batches(samples, config.max_tokens, share=config.share_prompts)
+        sums, denominators = run_step(self.objective, bins, device=self.device, share=config.share_prompts)
         grad_norm = self.optimizer.grad_norm()
         values = to_floats({**sums, "grad_norm": grad_norm})  # the step's one wait for the device
         norm = values.pop("grad_norm")
         metrics = self.objective.metrics(values, denominators)
         progress.step += 1
-        progress.num_tokens += sum(sample.num_tokens for sample in samples)
         if math.isfinite(values["loss"]) and math.isfinite(norm):
             self.optimizer.step(rate, grad_norm)
             progress.skipped_in_a_row = 0
@@ -154,6 +154,11 @@ class _Run:
             logger.warning("%s; the step is skipped", self._name_nonfinite(values["loss"]))
         if isinstance(self.objective, Stateful):
             self.objective.after_step(progress.step)
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        progress.num_tokens += num_tokens
+        spared = sum(map(spared_tokens, bins)) / num_tokens if config.share_prompts else 0.0
+        if spared and progress.step == 1:
+            logger.info("prompts are shared: %.0f %% of the tokens of the first step were not computed again", 100 * spared)
         seconds = time.perf_counter() - started
         metrics |= {
             "grad_norm": norm,
@@ -162,7 +167,8 @@ class _Run:
             "num_tokens": progress.num_tokens,
             "skipped_steps": progress.skipped_steps,
             "perf/step_seconds": seconds,
-            "perf/tokens_per_second": sum(sample.num_tokens for sample in samples) / seconds,
+            "perf/tokens_per_second": num_tokens / seconds,
+            "perf/spared_tokens": spared,
         }
         self.metrics = metrics
 
@@ -191,8 +197,9 @@ class _Run:
                 self.eval_metrics = {f"eval_{name}": value for name, value in self.objective.evaluate(self.data.eval_samples).items()}
             return
         self.model.eval()
-        bins = micro_batches(self.data.eval_samples, self.config.max_tokens)
-        sums, denominators = run_step(self.objective, bins, device=self.device, backward=False)
+        share = self.config.share_prompts
+        bins = micro_batches(self.data.eval_samples, self.config.max_tokens, share=share)
+        sums, denominators = run_step(self.objective, bins, device=self.device, backward=False, share=share)
         self.model.train()
         metrics = self.objective.metrics(to_floats(sums), denominators)
         self.eval_metrics = {f"eval_{name}": value for name, value in metrics.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastalign.errors import ConfigError, DataError
 from fastalign.objectives.base import Objective, Prepared, RunConfig
-from fastalign.packing import collate, pack
+from fastalign.packing import collate, pack_samples, packed_tokens
 from fastalign.types import Sample
 
 
@@ -61,13 +61,13 @@ def _permutation(size: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def check_lengths(samples: Sequence[Sample], max_tokens: int) -> None:
-    """Raise ConfigError when a sample does not fit into a micro-batch."""
-    longest = max(samples, key=lambda sample: sample.num_tokens)
-    if longest.num_tokens > max_tokens:
+def check_lengths(samples: Sequence[Sample], max_tokens: int, *, share: bool = False) -> None:
+    """Raise ConfigError when a sample does not fit into a micro-batch, its prompt counted once if it is shared."""
+    length, longest = max(((packed_tokens(sample, share=share), sample) for sample in samples), key=lambda found: found[0])
+    if length > max_tokens:
         raise ConfigError(
-            f"max_tokens {max_tokens} is less than the longest sample (row {longest.index}, {longest.num_tokens} tokens with all its "
-            f"completions); set --max_tokens {longest.num_tokens} or more, or a smaller --data.max_length"
+            f"max_tokens {max_tokens} is less than the longest sample (row {longest.index}, {length} tokens with all its "
+            f"completions); set --max_tokens {length} or more, or a smaller --data.max_length"
         )
 
 
@@ -88,17 +88,18 @@ def with_target(sample: Sample) -> Sample:
     return Sample(sample.index, sample.prompt[:1], (sample.prompt[1:] or sample.prompt,))
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+def micro_batches(samples: Sequence[Sample], max_tokens: int, *, share: bool = False) -> list[list[Sample]]:
     """The samples of a step, cut into bins of at most `max_tokens` tokens."""
-    return [[samples[i] for i in members] for members in pack([sample.num_tokens for sample in samples], max_tokens)]
+    return [[samples[i] for i in members] for members in pack_samples(samples, max_tokens, share=share)]
 
 
 def run_step(
-    objective: Objective, bins: Sequence[Sequence[Sample]], *, device: torch.device, backward: bool = True
+    objective: Objective, bins: Sequence[Sequence[Sample]], *, device: torch.device, backward: bool = True, share: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Add the gradient of the loss of all samples to the weights, one bin at a time.
 
-    Returns the metric sums, still on the device, and the denominators. None of it depends on how the samples are cut into bins.
+    Returns the metric sums, still on the device, and the denominators. None of it depends on how the samples are cut into bins, or on
+    whether those of a bin share their prompts.
     """
     samples = [sample for members in bins for sample in members]
     denominators = objective.denominators(samples)
@@ -108,7 +109,7 @@ def run_step(
     totals: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
         for members in bins:
-            batch = collate(members).to(device)
+            batch = collate(members, share=share).to(device)
             loss, sums = objective.loss(batch, denominators)
             if backward:
                 loss.backward()

@@ -21,11 +21,15 @@ def tokens(n: int, generator: torch.Generator) -> tuple[int, ...]:
     return tuple(torch.randint(0, VOCAB_SIZE, (n,), generator=generator).tolist())
 
 
-def ragged_batch(seed: int = 1) -> PackedBatch:
-    """Six sequences of 2 to 31 tokens: below, at and above the tiny windows of 8, with and without a prompt."""
+def ragged_batch(seed: int = 1, *, share: bool = False) -> PackedBatch:
+    """Eight sequences of 2 to 31 tokens: below, at and above the tiny windows of 8, with and without a prompt.
+
+    With `share`, pairs whose prompt is long enough (`packing.SHARE_FROM`) have it once.
+    """
     generator = torch.Generator().manual_seed(seed)
-    lengths = [(5, 3, 20), (1, 1, 30), (0, 8, 2)]
-    return collate([Sample(i, tokens(p, generator), (tokens(a, generator), tokens(b, generator))) for i, (p, a, b) in enumerate(lengths)])
+    lengths = [(5, 3, 20), (1, 1, 30), (0, 8, 2), (13, 9, 2)]
+    pairs = [Sample(i, tokens(p, generator), (tokens(a, generator), tokens(b, generator))) for i, (p, a, b) in enumerate(lengths)]
+    return collate(pairs, share=share)
 
 
 def stock_twin(family: str, attention: str = "eager", **overrides: Any) -> Any:
@@ -38,11 +42,10 @@ def stock_twin(family: str, attention: str = "eager", **overrides: Any) -> Any:
 def stock_logps(model: Any, batch: PackedBatch) -> Tensor:
     """(L,) from the model's own logits, one sequence at a time, no packing and no mask."""
     out = []
-    for start, stop in pairwise(batch.bounds):
-        logps = model(input_ids=batch.input_ids[None, start:stop], use_cache=False).logits[0].log_softmax(-1)
-        target = batch.target[start:stop]
-        rows = target >= 0
-        out.append(logps[rows].gather(1, target[rows][:, None])[:, 0])
+    for rows, (first, last) in zip(batch.sequences(), pairwise(batch.live_bounds)):
+        logps = model(input_ids=batch.input_ids[None, rows], use_cache=False).logits[0].log_softmax(-1)
+        scored = [rows.index(row) for row in batch.live[first:last].tolist()]
+        out.append(logps[scored].gather(1, batch.live_target[first:last, None])[:, 0])
     return torch.cat(out)
 
 

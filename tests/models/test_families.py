@@ -9,6 +9,7 @@ from families import TRAINABLE, fused_logps, gradients, ragged_batch, stock_logp
 from tiny import tiny_config, tiny_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
+from fastalign import packing
 from fastalign.errors import ModelError
 from fastalign.models.heads import head_spec
 from fastalign.models.load import load_model
@@ -45,9 +46,13 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def batch() -> Any:
-    return ragged_batch()
+@pytest.fixture(scope="module", params=[False, True], ids=["separate", "shared prompts"])
+def batch(request: pytest.FixtureRequest) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SHARE_FROM", 5)
+        found = ragged_batch(share=request.param)
+    assert (found.shared is not None) == request.param
+    return found
 
 
 @pytest.mark.parametrize("family", TRAINABLE)
@@ -207,5 +212,5 @@ def test_a_model_that_drops_the_boundaries_is_caught(batch: Any) -> None:
 
 
 def copies(batch: Any, sequence: int, n: int) -> Any:
-    ids = tuple(batch.input_ids[slice(*batch.bounds[sequence : sequence + 2])].tolist())
+    ids = tuple(batch.input_ids[batch.sequences()[sequence]].tolist())
     return collate([Sample(0, ids[:1], (ids[1:],) * n)])

@@ -28,6 +28,7 @@ LORA = LoraConfig(r=4, dropout=0.5, targets=["all-linear", "lm_head"])
 class Options:
     reference: str = "auto"
     max_tokens: int = 64
+    share_prompts: bool = True
     logits_budget: int | None = None
 
 

@@ -13,12 +13,14 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from fastalign import packing
 from fastalign.models.config import LoraConfig
 from fastalign.models.load import load_model
 from fastalign.objectives.cpo import CPO, CPOConfig, SimPOConfig
 from fastalign.objectives.dpo import DPO, DPOConfig
 from fastalign.objectives.kto import KTO, KTOConfig
 from fastalign.objectives.orpo import ORPO, ORPOConfig
+from fastalign.packing import collate
 from fastalign.train.step import micro_batches, run_step
 from fastalign.types import PackedBatch, Sample
 
@@ -99,7 +101,7 @@ def objective_of(case: str, model: Any) -> Any:
     return DPO(DPOConfig(**options), model, FixedReference())
 
 
-def gradient(case: str, plan: list[list[Sample]]) -> tuple[Tensor, dict[str, float]]:
+def gradient(case: str, plan: list[list[Sample]], *, share: bool = False) -> tuple[Tensor, dict[str, float]]:
     options = CASES[case]
     model = load_model(tiny_model("qwen3", **options.get("model", {})), lora=options.get("lora"), **options.get("load", {}))
     with torch.no_grad():  # a fresh adapter has B = 0, and then no gradient reaches A
@@ -108,7 +110,7 @@ def gradient(case: str, plan: list[list[Sample]]) -> tuple[Tensor, dict[str, flo
                 p.copy_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
     model.train()
     objective = objective_of(case, model)
-    sums, denominators = run_step(objective, plan, device=torch.device("cpu"))
+    sums, denominators = run_step(objective, plan, device=torch.device("cpu"), share=share)
     grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
     assert len(grads) == sum(p.requires_grad for p in model.parameters())
     return torch.cat(grads), objective.metrics({name: value.item() for name, value in sums.items()}, denominators)
@@ -126,6 +128,22 @@ def test_gradient_and_metrics_do_not_depend_on_the_cut(case: str) -> None:
         assert difference.abs().max() <= TOLERANCE * expected.abs().max(), name
         assert difference.norm() <= TOLERANCE * expected.double().norm(), name
         assert found_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_and_metrics_do_not_depend_on_whether_prompts_are_shared(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    single = CASES[case].get("objective") is KTO
+    samples = singles() if single else pairs()
+    samples = [replace(sample, prompt=samples[i // 3].prompt) for i, sample in enumerate(samples)]  # three of each
+    expected, metrics = gradient(case, [samples])
+    monkeypatch.setattr(packing, "SHARE_FROM", 2)
+    for plan in ([samples], cut(samples, 2), micro_batches(samples, 40, share=True)):
+        assert any(collate(members, share=True).shared for members in plan)
+        found, found_metrics = gradient(case, plan, share=True)
+        difference = (found - expected).double()
+        assert difference.abs().max() <= TOLERANCE * expected.abs().max()
+        assert difference.norm() <= TOLERANCE * expected.double().norm()
+        assert found_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
 def test_the_tolerance_would_notice_a_mean_of_means() -> None:
