@@ -142,3 +142,28 @@ def test_gathered_keys_are_those_of_each_piece_and_their_gradient_adds_up() -> N
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (a,), (b,) = (torch.autograd.grad((x * upstream).sum(), k) for x in (got, want))
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # ours adds up in float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: varlen kernels are unproven here, shared prompts or not")
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 6}], ids=["plain", "window"])
+@pytest.mark.parametrize("batch", [BATCH, SHARED], ids=["separate", "shared prompt"])
+@pytest.mark.parametrize("kernel", ["_flash_attn", "_torch_varlen"])
+def test_varlen_kernels_equal_one_masked_attention(kernel: str, options: dict, batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = attention.find_flash_attn() if kernel == "_flash_attn" else attention.find_torch_varlen()
+    if not there:
+        pytest.skip(f"{kernel} is not installed: that it is exact is unproven here")
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda *_: getattr(attention, kernel))
+    exact = [x.detach().bfloat16() for x in tensors(d=64, d_v=64)]
+    want_in = [x.double().requires_grad_() for x in exact]
+    got_in = [x.cuda().requires_grad_() for x in exact]
+    want = dense(*want_in, window=options.get("sliding_window"), batch=batch)
+    upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
+    found = []
+    for _ in range(2):
+        out = attention.attention_forward(SimpleNamespace(), *got_in, None, **options, **packed(batch.to("cuda")))[0]
+        found.append([out, *torch.autograd.grad(out, got_in, upstream.cuda())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    for a, b in zip(found[0], [want, *torch.autograd.grad(want, want_in, upstream.double())]):
+        assert b.abs().max() > 0.1
+        torch.testing.assert_close(a.double().cpu(), b, rtol=2e-2, atol=2e-2 * b.abs().max().item())

@@ -3,7 +3,7 @@ import torch
 from families import TRAINABLE, ragged_batch
 from tiny import tiny_model
 
-from fastalign.errors import HeadMismatchError
+from fastalign.errors import HeadMismatchError, ModelError
 from fastalign.models import selfcheck
 from fastalign.models.config import LoraConfig
 from fastalign.models.load import load_model
@@ -77,3 +77,24 @@ def test_long_sequences_are_cut() -> None:
     model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     self_check(model, collate([Sample(0, (1,) * 300, ((2,) * 100, (3,) * 50))]), tokens=64)
     assert sorted(seen)[-3:] == [64, 64, 128]
+
+
+def test_attention_that_cannot_branch_is_refused_by_name_for_sharing_only() -> None:
+    model = load_model(tiny_model("gpt2"))
+    inner = model.transformer.forward
+
+    def own_positions(*ids, position_ids=None, segments=None, **kwargs):  # counted per piece, whatever it continues
+        if segments is None:
+            return inner(*ids, position_ids=position_ids, **kwargs)
+        positions = torch.cat([torch.arange(n) for n in segments.lengths])[None]
+        return inner(*ids, position_ids=positions, segments=segments, **kwargs)
+
+    model.transformer.forward = own_positions
+    assert self_check(model, BATCH) < 1e-5
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel: .* its attention cannot branch; set --share_prompts false"):
+        self_check(model, BATCH, share=True)
+
+
+@pytest.mark.parametrize("family", TRAINABLE)
+def test_every_family_can_branch(family: str) -> None:
+    assert self_check(load_model(tiny_model(family)), ragged_batch(share=True), share=True) < 1e-5

@@ -10,6 +10,7 @@ import torch
 from tiny import save_tiny, tiny_config
 from transformers import AutoModelForSequenceClassification
 
+from fastalign import packing
 from fastalign.errors import HeadMismatchError, ModelError
 from fastalign.models.config import LoraConfig
 from fastalign.models.save import save_final
@@ -129,3 +130,20 @@ def test_a_torn_config_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{")
         with pytest.raises(ModelError, match=rf"/{name}: no JSON \(.*\); the folder is damaged"):
             is_reward_model(tmp_path)
+
+
+def test_scores_do_not_depend_on_whether_prompts_are_shared(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SHARE_FROM", 2)
+    samples = [*SAMPLES, Sample(3, (PAD, PAD), ((PAD,), (4, PAD))), Sample(4, (PAD, 8, PAD), ((PAD,), (5,))), SAMPLES[0]]
+    apart, shared = collate(samples), collate(samples, share=True)
+    assert shared.shared is not None and shared.shared.prefix.count(-1) == len(shared.shared.prefix) - 8
+    model = fresh(folders / "qwen3")
+    torch.testing.assert_close(scores(model, shared), scores(model, apart), rtol=1e-5, atol=1e-6)
+    assert check_scores(model, shared, sequences=12) < 1e-5
+    found = []
+    for batch in (shared, apart):
+        model.zero_grad()
+        (scores(model, batch) * torch.linspace(-1, 2, 12)).sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
