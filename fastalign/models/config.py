@@ -16,6 +16,8 @@ class ModelConfig:
     """Precision of the weights; auto: as they are stored."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: the linear layers are held in 4 bits, and an adapter is trained on them (QLoRA)."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward instead of keeping its activations."""
     dropout: bool = False

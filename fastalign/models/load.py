@@ -18,6 +18,7 @@ from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import add_adapter, check_adapter_folder
 from fastalign.models.architecture import check_config, check_model
 from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.quantization import keep_trainable, quantization_config
 from fastalign.models.trunk import causal_lm
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -40,7 +41,14 @@ def load_model(
     given. A fresh adapter draws its first weights from torch's global generator. Weights are read from safetensors only.
     Raises ModelError for a folder without usable weights and for architectures that cannot be packed, with the reason.
     """
-    options = ModelConfig("", dtype, device, gradient_checkpointing, dropout, trust_remote_code)
+    options = ModelConfig(
+        "",
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+        dropout=dropout,
+        trust_remote_code=trust_remote_code,
+    )
     if isinstance(model, nn.Module):
         check_config(causal_lm(model).config, "")
         if dtype != "auto":
@@ -95,6 +103,7 @@ def read_model(options: ModelConfig, auto_class: Any, *, config: Any = None, may
     """The model at `options.path` as `auto_class` builds it; of its weights only those in `may_lack` may be missing there."""
     path = options.path
     config = read_config(options) if config is None else config
+    quantization = quantization_config(options, config)
     attention.register()
     try:
         with _no_load_report() if may_lack else nullcontext():
@@ -104,12 +113,15 @@ def read_model(options: ModelConfig, auto_class: Any, *, config: Any = None, may
                 dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
                 use_safetensors=True,
                 attn_implementation=attention.NAME,
+                quantization_config=quantization,
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
             )
     except Exception as error:  # safetensors, hub, config and size errors have no common base; all mean that the folder cannot be used
         raise ModelError(f"{path}: cannot load the weights: {error}") from error
     model, info = loaded
+    if quantization is not None:
+        keep_trainable(model)
     missing = sorted(set(info["missing_keys"]) - set(may_lack))
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

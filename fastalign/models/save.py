@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from fastalign.errors import ModelError
 from fastalign.models.adapters import POLICY, has_adapter
+from fastalign.models.quantization import is_quantized
 from fastalign.models.trunk import causal_lm, text_config
 
 log = logging.getLogger(__name__)
@@ -18,7 +20,8 @@ def save_final(model: Any, tokenizer: Any, path: str | Path, *, merged: bool = F
     """Write `model` and `tokenizer` (None: no tokenizer) to the folder `path`, weights in safetensors.
 
     A PeftModel becomes a PEFT adapter; with `merged`, the adapter is added to the weights of the model in place, and the
-    whole model is written. The config does not name fastalign's attention: what is written needs no fastalign.
+    whole model is written. Raises ModelError for `merged` where the weights are
+    quantized. The config does not name fastalign's attention: what is written needs no fastalign.
     """
     path = Path(path)
     causal = causal_lm(model)
@@ -30,6 +33,8 @@ def save_final(model: Any, tokenizer: Any, path: str | Path, *, merged: bool = F
         # Without save_embedding_layers=False an adapted lm_head would bring a copy of the base model's own head.
         model.save_pretrained(path, selected_adapters=[POLICY], save_embedding_layers=False)
     else:
+        if is_quantized(causal):
+            raise ModelError("an adapter cannot be merged into 4-bit weights, which would round it away; load the base model unquantized")
         if has_adapter(model):
             _untie(causal)
         whole = model.merge_and_unload(adapter_names=[POLICY]) if has_adapter(model) else causal

@@ -152,6 +152,9 @@ class RunConfig:
         if not self.model.path:
             raise ConfigError("model.path: no model given; set --model.path DIR (a Transformers model folder or hub name)")
         self.data.validate()
+        adapter = self.lora.enabled or (Path(self.model.path) / "adapter_config.json").is_file()
+        if self.model.quantization and not adapter:
+            raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
         for option in ("batch_size", "max_tokens", "keep_checkpoints", "log_every", "max_nonfinite"):
