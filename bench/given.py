@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 
-def answer_from_rows(objective: Any) -> None:
-    """Let an online objective of fastalign take what `write_rollouts` wrote, in place of generating it."""
+def answer_from_rows(objective: Any, generations: list[int]) -> None:
+    """Let an online objective of fastalign take what `write_rollouts` wrote, in place of generating it.
+
+    The tokens of every generation, those of a prompt once per answer, are added to `generations`.
+    """
     from fastalign.objectives.online import Rollouts
 
     columns = objective.rollout.data.columns
@@ -20,6 +23,7 @@ def answer_from_rows(objective: Any) -> None:
     def roll(prompts: Sequence[Any], seed: Sequence[int], *, refill: int = 0) -> Rollouts:
         rows = [columns[prompt.index] for prompt in prompts]
         answers = [answer for row in rows for answer in row["answers"]]
+        generations.append(sum(len(p.prompt) * len(row["answers"]) for p, row in zip(prompts, rows)) + sum(map(len, answers)))
         return Rollouts(
             prompts=torch.tensor([prompt.index for prompt, row in zip(prompts, rows) for _ in row["answers"]]),
             tokens=torch.tensor([token for answer in answers for token in answer]),

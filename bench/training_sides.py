@@ -173,6 +173,7 @@ def run_fastalign(spec: Spec) -> Recording:
 
     record, task = Recording(), TASKS[spec.task]
     config_class: Any = getattr(fastalign, task.config)
+    generations: list[int] = []
 
     class TimedConfig(config_class):
         def objective(self, model: Any, data: Any, folder: Any) -> Any:
@@ -181,7 +182,7 @@ def run_fastalign(spec: Spec) -> Recording:
             objective = super().objective(model, data, folder)
             record.reference_seconds = time.perf_counter() - started if task.reference else 0.0
             if task.answers:
-                answer_from_rows(objective)
+                answer_from_rows(objective, generations)
                 record.loaded()  # its reference model is in memory, too, as TRL's is
             return objective
 
@@ -189,7 +190,7 @@ def run_fastalign(spec: Spec) -> Recording:
         record.step_ended()
         record.losses.append(metrics["loss"])
         record.grad_norms.append(metrics["grad_norm"])
-        record.tokens.append(int(metrics["num_tokens"]) - sum(record.tokens))
+        record.tokens.append(generations[-1] if task.answers else int(metrics["num_tokens"]) - sum(record.tokens))
 
     config = TimedConfig(
         model=ModelConfig(path=spec.model, dtype="float32"),
