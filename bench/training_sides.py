@@ -111,11 +111,13 @@ class Side:
 
     def joins(self, task: Task) -> bool:
         """Whether the options mean anything to the task."""
-        return task.reference or "precompute_ref_log_probs" not in self.options
+        unwanted = set() if task.reference else {"precompute_ref_log_probs"}
+        return not (unwanted if task.answers else unwanted | {"share_prompts"}) & self.options.keys()
 
 
 SIDES = {
     "fastalign": Side("fastalign", {}, "fastalign, defaults"),
+    "fastalign_unshared": Side("fastalign", {"share_prompts": False}, "fastalign, prompts not shared"),
     "trl_default": Side("trl", {}, "TRL, defaults (gradient checkpointing)"),
     "trl_no_checkpointing": Side("trl", {"gradient_checkpointing": False}, "TRL without gradient checkpointing"),
     "trl_fastest": Side(

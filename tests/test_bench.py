@@ -100,6 +100,13 @@ def test_without_a_name_the_benchmarks_are_listed_and_an_unknown_one_is_refused(
     assert capsys.readouterr().err == f"bench: there is no nonsense\n{usage}"
 
 
+def test_a_side_joins_where_its_options_mean_something():
+    joined = {name: [side for side in SIDES if SIDES[side].joins(TASKS[name])] for name in TASKS}
+    assert joined["dpo"] == joined["kto"] == ["fastalign", "trl_default", "trl_no_checkpointing", "trl_fastest"]
+    assert joined["orpo"] == joined["simpo"] == ["fastalign", "trl_default", "trl_no_checkpointing"]
+    assert joined["grpo"] == ["fastalign", "fastalign_unshared", "trl_default", "trl_no_checkpointing"]
+
+
 def test_steps_of_grpo_come_in_pairs_that_share_their_answers(capsys):
     with pytest.raises(SystemExit):
         main(["grpo", "--steps", "3"])
