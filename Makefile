@@ -51,6 +51,7 @@ gpu:
 bench: $(READY) native
 	$(BIN)/python -m bench dpo
 	$(BIN)/python -m bench head
+	$(BIN)/python -m bench results
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,15 +7,27 @@ from importlib import import_module
 
 from bench.training_sides import TASKS
 
-BENCHMARKS = {"head": "bench.head", **dict.fromkeys(TASKS, "bench.training")}
+BENCHMARKS = {
+    "head": ("bench.head", "the fused LM head against its bare GEMMs and peers, on a CPU or a GPU"),
+    **{name: ("bench.training", f"{task.title} on a CPU against TRL") for name, task in TASKS.items()},
+    "results": ("bench.results", "no benchmark: writes bench/RESULTS.md and the pages in bench/results/ anew from the CSV files there"),
+}
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] not in BENCHMARKS:
-        print(f"usage: python -m bench {{{','.join(BENCHMARKS)}}} [--quick] [options]", file=sys.stderr)
+    if argv and argv[0] not in BENCHMARKS:
+        print(f"bench: there is no {argv[0]}\n{usage()}", file=sys.stderr)
         return 2
-    run = import_module(BENCHMARKS[argv[0]]).main
+    if not argv:
+        print(usage())
+        return 0
+    run = import_module(BENCHMARKS[argv[0]][0]).main
     return run(argv) if argv[0] in TASKS else run(argv[1:])
+
+
+def usage() -> str:
+    lines = [f"  {name:8} {text}" for name, (_, text) in BENCHMARKS.items()]
+    return "\n".join(["usage: python -m bench NAME [--quick] [options]; NAME --help lists the options", "", *lines])
 
 
 if __name__ == "__main__":

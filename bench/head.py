@@ -8,7 +8,6 @@ rounds. The files are rewritten after every block. Under --limit the least impor
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -21,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import head_page, head_rows
+from bench import head_page, table
 from bench.head_problem import Problem
 from bench.head_rows import Row
 from bench.head_sides import LOSSES, REFERENCED, TASKS, Absent, Outcome, Run, Side, gold_loss, sides_of
-from bench.machine import commit
+from bench.machine import command, describe
 from bench.meter import Meter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,24 +60,24 @@ def main(argv: list[str]) -> int:
     device = torch.device(options.device)
     started = time.monotonic()
     stem = options.output / f"head_{head_page.machine_kind(device)}"
-    table, page = stem.with_suffix(".csv"), stem.with_suffix(".md")
-    rows = {row.key: row for row in head_rows.read(table)} if options.append and table.exists() else {}
-    now, command = commit(), "python -m bench head " + shlex.join(_without_folder(argv))
+    file, page = stem.with_suffix(".csv"), stem.with_suffix(".md")
+    rows = {row.key: row for row in table.read(file, Row)} if options.append and file.exists() else {}
+    about = describe(head_page.PACKAGES, device) | {"command": command("head", argv)}
 
     def save() -> None:
-        head_rows.write(table, rows.values())
-        page.write_text(head_page.page(list(rows.values()), device), encoding="utf-8")
+        table.write(file, rows.values())
+        page.write_text(head_page.page(list(rows.values())), encoding="utf-8")
 
     bench = Bench(device, options.repeats, options.sides)
     bench.late_after = None if options.limit is None else started + options.limit
     wrong = 0
     for block in blocks(options):
         for row in bench.measure(block):
-            rows[row.key] = replace(row, commit=now, command=command)
+            rows[row.key] = replace(row, **about)
             wrong += row.ours and row.status.startswith("wrong")
             print(head_page.line(row), flush=True)
         save()
-    print(f"\n{table} and {page.name} written")
+    print(f"\n{file} and {page.name} written")
     return 1 if wrong else 0
 
 
@@ -102,12 +101,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.dtypes = options.dtypes or (["bfloat16"] if cuda else list(DTYPES))
     options.repeats = 1 if options.quick else options.repeats or (15 if cuda else 5)
     return options
-
-
-def _without_folder(argv: list[str]) -> list[str]:
-    """The arguments that decide what is measured and how."""
-    at = argv.index("--output") if "--output" in argv else len(argv)
-    return argv[:at] + argv[at + 2 :]
 
 
 def _shape(text: str) -> Shape:

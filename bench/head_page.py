@@ -8,8 +8,9 @@ import torch
 
 from bench.head_rows import Row
 from bench.head_sides import TASKS
-from bench.machine import describe
+from bench.table import facts
 
+TITLE = "The LM head: fastalign, bare GEMMs and peers"
 NOISE_MIB = 2.0
 # what fastalign can be behind in, its unit, and the share of fastalign's value below which a peer's counts as less
 MEASURES = [
@@ -45,26 +46,16 @@ def line(row: Row) -> str:
     return f"{where} {row.median_ms:9.2f} ms  {row.over_bare:5.2f} x bare  {row.peak_memory_mib:8.0f} MiB"
 
 
-def page(rows: list[Row], device: torch.device) -> str:
-    about = describe(PACKAGES)
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        about["GPU"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    about["commit"] = ", ".join(dict.fromkeys(row.commit for row in rows))
-    commands = dict.fromkeys(row.command for row in rows)
-    memory = "of CUDA's caching allocator" if device.type == "cuda" else "resident memory of the process"
-    found = behind(rows)
+def page(rows: list[Row]) -> str:
+    memory = "of CUDA's caching allocator" if rows[0].device == "cuda" else "resident memory of the process"
     lines = [
-        "# The LM head: fastalign, bare GEMMs and peers",
+        f"# {TITLE}",
         "",
-        *(f"- {key}: {value}" for key, value in about.items()),
-        *(f"- command: `{command}`" for command in commands),
+        *facts(rows),
         "",
         *HOW.format(memory=memory, sample=64).splitlines(),
         "",
-        "Where fastalign is behind:" if found else "Where fastalign is behind: in none of these rows.",
-        "",
-        *(f"- {text}" for text in found),
+        *_behind_list(rows),
     ]
     for (n, v, d, dtype), table in _grouped(rows).items():
         lines += ["", f"## N={n}, V={v}, D={d}, {dtype}", ""]
@@ -74,6 +65,33 @@ def page(rows: list[Row], device: torch.device) -> str:
             lines += [_table_line(row, table) for row in table if row.task == task]
     lines += ["", "Tasks:", "", *(f"- {name}: {text}" for name, text in TASKS.items())]
     return "\n".join(lines) + "\n"
+
+
+def section(rows: list[Row]) -> list[str]:
+    """One table: fastalign's fastest side of every task beside the fastest and the leanest of the others; and where fastalign is behind."""
+    lines = [
+        "| N, V, D | task | fastalign, ms | / bare | fastest other | / fastalign | fastalign, MiB | leanest other | MiB |",
+        "|---|---|---:|---:|---|---:|---:|---|---:|",
+    ]
+    for (n, v, d, dtype), table in _grouped(rows).items():
+        for task in TASKS:
+            others = [row for row in table if row.task == task and not row.ours and row.median_ms and row.peak_memory_mib is not None]
+            ours = fastest(table, task)
+            if ours is None or not others:
+                continue
+            fast, lean = min(others, key=lambda row: row.median_ms or 0.0), min(others, key=lambda row: row.peak_memory_mib or 0.0)
+            cells = [f"{n}, {v}, {d}, {dtype}", task, f"{ours.median_ms:.4g}", f"{ours.over_bare:.2f}"]
+            cells += [fast.side, f"{(fast.median_ms or 0.0) / (ours.median_ms or 1.0):.2f}"]
+            cells += [f"{ours.peak_memory_mib:.0f}", lean.side, f"{lean.peak_memory_mib:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *_behind_list(rows)]
+
+
+def _behind_list(rows: list[Row]) -> list[str]:
+    found = behind(rows)
+    if not found:
+        return ["Where fastalign is behind: in none of these rows."]
+    return ["Where fastalign is behind:", "", *(f"- {text}" for text in found)]
 
 
 def behind(rows: list[Row]) -> list[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -35,8 +38,8 @@ def _status(key: str) -> float:
     return int(found[1]) / 1024
 
 
-def describe(packages: list[str]) -> dict[str, str]:
-    """Machine, versions and commit, for the head of a result page."""
+def describe(packages: list[str], device: torch.device | None = None) -> dict[str, str]:
+    """Machine, with its GPU where `device` is one, versions and commit: columns of every table."""
     info = Path("/proc/cpuinfo").read_text()
 
     def field(key: str) -> str:
@@ -49,6 +52,9 @@ def describe(packages: list[str]) -> dict[str, str]:
     cpu = (
         f"{field('model name')} (family {field('cpu family')}, model {field('model')}), {os.cpu_count()} cores, {vector}, {memory:.0f} GiB"
     )
+    if device is not None and device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        cpu = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}; {cpu}"
     installed = {distribution.name.replace("_", "-"): distribution.version for distribution in metadata.distributions()}
     versions = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in packages)
     return {
@@ -57,6 +63,12 @@ def describe(packages: list[str]) -> dict[str, str]:
         "versions": f"Python {platform.python_version()}, {versions}",
         "commit": commit(),
     }
+
+
+def command(name: str, argv: list[str]) -> str:
+    """How to measure the same again: the arguments that decide what is measured and how, without the folder for the result."""
+    at = argv.index("--output") if "--output" in argv else len(argv)
+    return shlex.join(["python", "-m", "bench", name, *argv[:at], *argv[at + 2 :]])
 
 
 def commit() -> str:

@@ -5,7 +5,8 @@ Both sides are called as a user would call them. What is timed:
     reference  a pass over the data before training, where the side makes one
 What is weighed: peak resident memory up to the end of the last step, less that when model and data had been loaded. For
 TRL this is after the trainer's constructor, which also loads the reference model; for fastalign before the reference pass.
-Tokens are those of the sequences (the prompt once per completion), padding not counted.
+Tokens are those of the sequences (the prompt once per completion), padding not counted. An online algorithm is given its answers,
+see bench.given, so that no side generates.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bench.given import AnswersFromRows, answer_from_rows, no_reward
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
+from bench.workload import Shape
 
 STARTED = time.perf_counter()
 
@@ -30,31 +33,40 @@ class Task:
     title: str
     config: str  # of fastalign
     trl: tuple[str, str, str]  # module, trainer, config
-    beta: float
-    options: dict[str, Any] = field(default_factory=dict)  # of TRL's config, to mean the same
+    both: dict[str, Any]  # options that the two configs know by the same name
+    ours: dict[str, Any] = field(default_factory=dict)  # further ones of fastalign's config
+    theirs: dict[str, Any] = field(default_factory=dict)  # and of TRL's, to mean the same
     same: dict[str, Any] = field(default_factory=dict)  # of ours where both sides must agree to rounding
     check_rate: float = 1e-3  # learning rate of the steps that are compared: each should tell, and none so much that rounding does
-    single: bool = False  # completions with a label, not pairs
-    reference: bool = True
+    data: str = "DataConfig"  # of fastalign
+    samples: int = 8  # rows of the data in an optimizer step
+    step_of: str = "8 pairs"  # what an optimizer step consists of
+    iterations: int = 1  # optimizer steps with the same rows
+    steps: int = 20  # measured ones by default
+    answers: int = 0  # to each prompt, of an online algorithm
+    reference: bool = True  # a side may make a reference pass before training
+    shapes: dict[str, Shape] = field(default_factory=lambda: {"": Shape()})
 
 
+ANSWERS = 8
 TASKS = {
-    "dpo": Task("DPO", "DPOConfig", ("trl", "DPOTrainer", "DPOConfig"), 0.1),
+    "dpo": Task("DPO", "DPOConfig", ("trl", "DPOTrainer", "DPOConfig"), {"beta": 0.1}),
     "kto": Task(
         "KTO",
         "KTOConfig",
         ("trl", "KTOTrainer", "KTOConfig"),
-        0.1,
-        options={"train_sampling_strategy": "sequential"},  # the only order that it takes
+        {"beta": 0.1},
+        theirs={"train_sampling_strategy": "sequential"},  # the only order that it takes
         same={"kl_scope": "microbatch", "reference": "copy"},
         check_rate=1e-4,
-        single=True,
+        data="UnpairedDataConfig",
+        step_of="8 labelled answers",
     ),
     "orpo": Task(
         "ORPO",
         "ORPOConfig",
         ("trl.experimental.orpo", "ORPOTrainer", "ORPOConfig"),
-        0.1,
+        {"beta": 0.1},
         same={"nll_scope": "all"},
         reference=False,
     ),
@@ -62,9 +74,56 @@ TASKS = {
         "SimPO",
         "SimPOConfig",
         ("trl.experimental.cpo", "CPOTrainer", "CPOConfig"),
-        2.0,
-        options={"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0},
+        {"beta": 2.0},
+        theirs={"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0},
         reference=False,
+    ),
+    "grpo": Task(
+        "The update of GRPO",
+        "GRPOConfig",
+        ("trl", "GRPOTrainer", "GRPOConfig"),
+        {"beta": 0.04, "num_generations": ANSWERS, "num_iterations": 2, "max_completion_length": 256},
+        ours={"rewards": ["repetition"]},  # never called
+        theirs={"gradient_accumulation_steps": 4},  # micro-batches of 8 answers, its default
+        check_rate=1e-4,
+        data="PromptDataConfig",
+        samples=4,
+        step_of=f"4 prompts with {ANSWERS} answers each",
+        iterations=2,
+        steps=6,
+        answers=ANSWERS,
+        reference=False,
+        shapes={
+            "1:1": Shape(prompt_words=(64, 192), completion_words=(64, 192)),
+            "4:1": Shape(prompt_words=(192, 320), completion_words=(32, 96)),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A library, and how it is called."""
+
+    name: str  # fastalign or trl
+    options: dict[str, Any]  # beside those that both sides get
+    text: str
+
+    def joins(self, task: Task) -> bool:
+        """Whether the options mean anything to the task."""
+        unwanted = set() if task.reference else {"precompute_ref_log_probs"}
+        return not (unwanted if task.answers else unwanted | {"share_prompts"}) & self.options.keys()
+
+
+SIDES = {
+    "fastalign": Side("fastalign", {}, "fastalign, defaults"),
+    "fastalign_unshared": Side("fastalign", {"share_prompts": False}, "fastalign, prompts not shared"),
+    "trl_default": Side("trl", {}, "TRL, defaults (gradient checkpointing)"),
+    "trl_no_checkpointing": Side("trl", {"gradient_checkpointing": False}, "TRL without gradient checkpointing"),
+    "trl_fastest": Side(
+        "trl",
+        {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
+        "TRL without gradient checkpointing, reference log-probs precomputed",
     ),
 }
 
@@ -81,7 +140,6 @@ class Spec:
     lora_rank: int = 0
     adapter: str | None = None  # an existing adapter to train further
     epochs: int = 1
-    batch_size: int = 8
     learning_rate: float = 1e-4
     seed: int = 42
 
@@ -91,6 +149,7 @@ class Recording:
     """What a run leaves behind; times in seconds, memory in MiB."""
 
     losses: list[float] = field(default_factory=list)  # per optimizer step
+    grad_norms: list[float] = field(default_factory=list)  # per optimizer step; TRL's only where its logging_steps is 1
     tokens: list[int] = field(default_factory=list)  # per optimizer step
     ends: list[float] = field(default_factory=list)  # clock at the end of each optimizer step
     reference_seconds: float = 0.0
@@ -111,11 +170,12 @@ class Recording:
 
 def run_fastalign(spec: Spec) -> Recording:
     import fastalign
-    from fastalign.data.config import DataConfig, UnpairedDataConfig
+    from fastalign.data import config as data
     from fastalign.models.config import LoraConfig, ModelConfig
 
     record, task = Recording(), TASKS[spec.task]
     config_class: Any = getattr(fastalign, task.config)
+    generations: list[int] = []
 
     class TimedConfig(config_class):
         def objective(self, model: Any, data: Any, folder: Any) -> Any:
@@ -123,24 +183,29 @@ def run_fastalign(spec: Spec) -> Recording:
             started = time.perf_counter()
             objective = super().objective(model, data, folder)
             record.reference_seconds = time.perf_counter() - started if task.reference else 0.0
+            if task.answers:
+                answer_from_rows(objective, generations)
+                record.loaded()  # its reference model is in memory, too, as TRL's is
             return objective
 
     def on_step(_: int, metrics: dict[str, float]) -> None:
         record.step_ended()
         record.losses.append(metrics["loss"])
-        record.tokens.append(int(metrics["num_tokens"]) - sum(record.tokens))
+        record.grad_norms.append(metrics["grad_norm"])
+        record.tokens.append(generations[-1] if task.answers else int(metrics["num_tokens"]) - sum(record.tokens))
 
     config = TimedConfig(
         model=ModelConfig(path=spec.model, dtype="float32"),
-        data=(UnpairedDataConfig if task.single else DataConfig)(path=spec.data),
+        data=getattr(data, task.data)(path=spec.data),
         lora=LoraConfig(adapter=spec.adapter) if spec.adapter else LoraConfig(r=spec.lora_rank),
         output=spec.output,
-        batch_size=spec.batch_size,
+        batch_size=task.samples,
         epochs=spec.epochs,
         learning_rate=spec.learning_rate,
-        beta=task.beta,
         seed=spec.seed,
         save_every=0,
+        **task.both,
+        **task.ours,
         **spec.options,
     )
     fastalign.train(config, callbacks=[on_step])
@@ -157,11 +222,15 @@ def run_trl(spec: Spec) -> Recording:
     trl: Any = import_module(task.trl[0])
     trainer_class, config_class = getattr(trl, task.trl[1]), getattr(trl, task.trl[2])
 
-    class TimedTrainer(trainer_class):
+    online: Any = (AnswersFromRows,) if task.answers else ()
+    losses: list[float] = []  # of the micro-batches of a step
+    tokens: list[int] = []
+
+    class TimedTrainer(*online, trainer_class):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            record.losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
-            record.tokens.append(real_tokens(inputs))
+            losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
+            tokens.append(real_tokens(inputs))
             return loss
 
         def _precompute_ref_logps(self, *args: Any) -> Any:
@@ -173,20 +242,28 @@ def run_trl(spec: Spec) -> Recording:
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             record.step_ended()
+            record.losses.append(sum(losses))
+            record.tokens.append(sum(tokens))
+            losses.clear()
+            tokens.clear()
+
+        def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            if "grad_norm" in logs:
+                record.grad_norms.append(logs["grad_norm"])
 
     arguments = config_class(
         output_dir=spec.output,
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=8,
         num_train_epochs=spec.epochs,
         learning_rate=spec.learning_rate,
-        beta=task.beta,
         seed=spec.seed,
         use_cpu=True,
         bf16=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **task.options,
+        **task.both,
+        **task.theirs,
         **spec.options,
     )
     model: Any = spec.model
@@ -202,6 +279,7 @@ def run_trl(spec: Spec) -> Recording:
         processing_class=AutoTokenizer.from_pretrained(spec.model),
         peft_config=lora if spec.lora_rank and not spec.adapter else None,
         callbacks=[Clock()],
+        **({"reward_funcs": no_reward} if task.answers else {}),
     )
     record.loaded()
     record.startup_seconds -= record.reference_seconds
@@ -212,7 +290,8 @@ def run_trl(spec: Spec) -> Recording:
 def real_tokens(inputs: dict[str, Any]) -> int:
     """Tokens of the sequences that are trained on, by whatever masks a trainer has; those that only estimate a KL do not count."""
     names = ("attention_mask", "chosen_attention_mask", "rejected_attention_mask", "completion_attention_mask")
-    return sum(int(inputs[name].sum()) for name in names if name in inputs)
+    found = [name for name in names if name in inputs] or ["prompt_mask", "completion_mask"]
+    return sum(int(inputs[name].sum()) for name in found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model, tokenizer and preference pairs that both sides of the DPO benchmark train on, as files."""
+"""The model, tokenizer and data that both sides of a training benchmark train on, as files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def write_pairs(path: Path, pairs: int, shape: Shape, *, seed: int = 0) -> Path:
     rng = random.Random(seed)
 
     def words(bounds: tuple[int, int]) -> str:
-        return " ".join(f"w{rng.randrange(2, shape.vocab_size)}" for _ in range(rng.randint(*bounds)))
+        return " ".join(f"w{i}" for i in random_ids(rng, bounds, shape))
 
     with path.open("w", encoding="utf-8") as file:
         for _ in range(pairs):
@@ -85,6 +86,11 @@ def write_pairs(path: Path, pairs: int, shape: Shape, *, seed: int = 0) -> Path:
     return path
 
 
+def random_ids(rng: random.Random, bounds: tuple[int, int], shape: Shape) -> list[int]:
+    """Ids of words, as many as `bounds` allow."""
+    return [rng.randrange(2, shape.vocab_size) for _ in range(rng.randint(*bounds))]
+
+
 def write_single(path: Path, rows: int, shape: Shape, *, seed: int = 0) -> Path:
     """`rows` answers of random words, every other one desirable."""
     pairs = [json.loads(line) for line in write_pairs(path, rows, shape, seed=seed).read_text(encoding="utf-8").splitlines()]
@@ -92,3 +98,41 @@ def write_single(path: Path, rows: int, shape: Shape, *, seed: int = 0) -> Path:
         for k, row in enumerate(pairs):
             file.write(json.dumps({"prompt": row["prompt"], "completion": row["chosen"], "label": k % 2 == 0}) + "\n")
     return path
+
+
+def write_rollouts(path: Path, prompts: int, answers: int, shape: Shape, model: Path, adapter: Path | None, *, seed: int = 0) -> Path:
+    """`prompts` rows of random words, each with what a generation would have left behind for its `answers` answers.
+
+    answers      token ids, the last one EOS
+    advantages   of rewards of 0 and 1, which in every fourth row are all alike, so that there they are 0
+    old_logps    one number per token, 0.1 nats off those of `model` with `adapter`: 2 % of the ratios are clipped
+    ref_logps    likewise, 0.2 nats off
+    """
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is not None:
+        policy = peft.PeftModel.from_pretrained(policy, adapter)
+    rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for k in range(prompts):
+            prompt = random_ids(rng, shape.prompt_words, shape)
+            said = [[*random_ids(rng, shape.completion_words, shape), 0] for _ in range(answers)]
+            row = {"prompt": " ".join(f"w{i}" for i in prompt), "answers": said, "old_logps": [], "ref_logps": []}
+            good = rng.choice([0, answers]) if k % 4 == 3 else rng.randint(1, answers - 1)
+            rewards = torch.tensor([1.0] * good + [0.0] * (answers - good))[torch.randperm(answers, generator=noise)]
+            row["advantages"] = ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
+            for answer in said:
+                logps = answer_logps(policy, prompt, answer)
+                for name, size in (("old_logps", 0.1), ("ref_logps", 0.2)):
+                    row[name].append((logps + size * torch.randn(logps.shape, generator=noise)).tolist())
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@torch.no_grad()
+def answer_logps(policy: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """(len(answer),) log-probs of the tokens of an answer."""
+    logits = policy(torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
 
 
 def assert_close_to_gold(x: Tensor, base: Tensor, gold: Tensor, name: str = "x") -> None:
@@ -31,3 +40,17 @@ def assert_close_to_gold(x: Tensor, base: Tensor, gold: Tensor, name: str = "x")
 def relative_error(x: Tensor, gold: Tensor) -> float:
     """max |x - gold| / max |gold|."""
     return float((x.detach().double() - gold.detach().double()).abs().max() / gold.detach().double().abs().max().clamp(min=1e-300))
+
+
+def pass_under_the_interpreter(file: str, at_least: int, unproven: str) -> None:
+    """The tests of `file`, `at_least` so many and none skipped, pass under Triton's interpreter.
+
+    In a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined. Without Triton `unproven` are.
+    """
+    pytest.importorskip("triton", reason=f"Triton is not installed: {unproven} are unproven here")
+    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "pytest", "-W", "ignore::RuntimeWarning", file]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    summary = re.search(r"(\d+) passed", done.stdout)
+    passed = done.returncode == 0 and summary and int(summary[1]) >= at_least and "skipped" not in done.stdout
+    assert passed, done.stdout[-6000:] + done.stderr[-2000:]

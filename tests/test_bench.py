@@ -1,20 +1,24 @@
-"""The benchmark's arithmetic, its gate and its page; one slow test runs it on a toy model."""
+"""The training benchmarks' arithmetic, gate and pages; slow tests run two of them on a toy model."""
 
 from __future__ import annotations
 
-import csv
+import json
+import math
 import mmap
+import statistics
 
 import pytest
 
-from bench import training
+from bench import results, table, training, training_page
 from bench.__main__ import main
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
-from bench.training_sides import Recording
-from bench.workload import QUICK, write_pairs
+from bench.training_rows import Measurement
+from bench.training_sides import SIDES, TASKS, Recording
+from bench.workload import QUICK, write_model, write_pairs, write_rollouts
 
 RECORD = Recording(
     losses=[0.7] * 4,
+    grad_norms=[1.5] * 4,
     tokens=[100, 100, 200, 300],
     ends=[10.0, 12.0, 13.0, 16.0],
     reference_seconds=1.4,
@@ -24,8 +28,19 @@ RECORD = Recording(
 )
 
 
+ABOUT = {
+    "workload": "a model and pairs",
+    "checked": "losses",
+    "machine": "a machine",
+    "system": "Linux",
+    "versions": "torch 2",
+    "commit": "abc",
+    "command": "python -m bench dpo",
+}
+
+
 def test_throughput_leaves_out_the_first_steps_and_counts_the_reference():
-    found = training.Measurement.of(RECORD, "full", "fastalign", 0)
+    found = Measurement.of(RECORD, "full", "fastalign", 0)
     assert found.tokens == 700
     assert found.tokens_per_second_steps_only == 125.0  # 500 tokens in the 4 s after step 2
     assert found.tokens_per_second == 100.0  # 4/500 s per token of the steps, 1.4/700 s per token of the reference
@@ -33,24 +48,32 @@ def test_throughput_leaves_out_the_first_steps_and_counts_the_reference():
 
 
 def test_page_says_where_fastalign_is_behind():
-    ours = training.Measurement.of(RECORD, "full", "fastalign", 0)
+    ours = Measurement.of(RECORD, "full", "fastalign", 0, **ABOUT)
     faster = Recording(**{**vars(RECORD), "ends": [10.0, 11.0, 11.5, 12.0], "rss_peak": 980.0})
-    page = training.page("dpo", [ours, training.Measurement.of(faster, "full", "trl_default", 0)], QUICK, "python -m bench dpo")
+    page = training_page.page("dpo", [ours, Measurement.of(faster, "full", "trl_default", 0, **ABOUT)])
     behind = page.split("Where fastalign is behind: ")[1]
     assert "full, tokens/s: 100 against 250" in behind
     assert "memory" not in behind
     assert "| 0.40 | 2.00 |" in page  # 100 / 250 and 480 / 240
-    for word in ("machine", "versions", "commit", "python -m bench dpo", "torch"):
+    for word in ("- machine: a machine", "torch 2", "- commit: abc", "- command: `python -m bench dpo`", "agreed to 1e-4 in their losses."):
         assert word in page
+    assert "- full: a model and pairs; 4 steps, 700 tokens, 1 run\n" in page
 
 
 def test_no_speed_for_a_wrong_answer(tmp_path, monkeypatch):
     losses = {"fastalign": [0.693, 0.5, 0.4, 0.3], "trl": [0.693, 0.5, 0.4, 0.3001]}
-    monkeypatch.setattr(training, "run", lambda folder, spec: Recording(losses=losses[spec.side]))
+    norms = {"fastalign": [2.0, 1.0, 1.0, 1.0], "trl": [2.0, 1.0, 1.0, 1.001]}
+    monkeypatch.setattr(training, "run", lambda folder, spec: Recording(losses=losses[spec.side], grad_norms=norms[spec.side]))
     with pytest.raises(SystemExit, match="losses differ"):
-        training.check_losses("dpo", tmp_path, tmp_path, tmp_path, None)
+        training.check_steps("dpo", tmp_path, tmp_path, tmp_path, None)
     losses["trl"][3] = 0.300001
-    training.check_losses("dpo", tmp_path, tmp_path, tmp_path, None)
+    with pytest.raises(SystemExit, match="gradient norms differ"):
+        training.check_steps("dpo", tmp_path, tmp_path, tmp_path, None)
+    norms["trl"][3] = 1.00001
+    training.check_steps("dpo", tmp_path, tmp_path, tmp_path, None)
+    losses["fastalign"].pop()
+    with pytest.raises(SystemExit, match="losses differ"):
+        training.check_steps("dpo", tmp_path, tmp_path, tmp_path, None)
 
 
 def test_peak_memory_is_of_what_came_after_the_reset():
@@ -69,9 +92,25 @@ def touch(size: int) -> None:
             block[page] = 1
 
 
-def test_unknown_benchmark_is_refused(capsys):
+def test_without_a_name_the_benchmarks_are_listed_and_an_unknown_one_is_refused(capsys):
+    assert main([]) == 0
+    usage = capsys.readouterr().out
+    assert all(f"\n  {name} " in usage for name in ("head", "dpo", "kto", "orpo", "simpo", "grpo", "results"))
     assert main(["nonsense"]) == 2
-    assert "usage: python -m bench {head,dpo,kto,orpo,simpo}" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"bench: there is no nonsense\n{usage}"
+
+
+def test_a_side_joins_where_its_options_mean_something():
+    joined = {name: [side for side in SIDES if SIDES[side].joins(TASKS[name])] for name in TASKS}
+    assert joined["dpo"] == joined["kto"] == ["fastalign", "trl_default", "trl_no_checkpointing", "trl_fastest"]
+    assert joined["orpo"] == joined["simpo"] == ["fastalign", "trl_default", "trl_no_checkpointing"]
+    assert joined["grpo"] == ["fastalign", "fastalign_unshared", "trl_default", "trl_no_checkpointing"]
+
+
+def test_steps_of_grpo_come_in_pairs_that_share_their_answers(capsys):
+    with pytest.raises(SystemExit):
+        main(["grpo", "--steps", "3"])
+    assert "--steps 3: must be a multiple of 2" in capsys.readouterr().err
 
 
 def test_pairs_are_the_same_on_every_call(tmp_path):
@@ -80,13 +119,52 @@ def test_pairs_are_the_same_on_every_call(tmp_path):
     assert len(first.splitlines()) == 16
 
 
-@pytest.mark.slow
-def test_quick_benchmark_runs(tmp_path):
-    assert main(["dpo", "--quick", "--output", str(tmp_path)]) == 0
-    with (tmp_path / "dpo_cpu.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["training"], row["side"]) for row in rows] == [
-        (training, side) for training in ("full", "lora") for side in ("fastalign", "trl_fastest")
+def test_rollouts_are_near_the_policy_and_one_group_in_four_teaches_nothing(tmp_path):
+    model = write_model(tmp_path / "model", QUICK)
+    first, second = (write_rollouts(tmp_path / name, 8, 4, QUICK, model, None).read_text() for name in ("a", "b"))
+    assert first == second
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert [any(row["advantages"]) for row in rows] == [True, True, True, False] * 2
+    off = {"old_logps": [], "ref_logps": []}
+    for row in rows:
+        assert abs(sum(row["advantages"])) < 1e-5
+        for name, found in off.items():
+            assert [len(logps) for logps in row[name]] == [len(answer) for answer in row["answers"]]
+            found += [x + math.log(QUICK.vocab_size) for logps in row[name] for x in logps]
+    assert 0.05 < statistics.pstdev(off["old_logps"]) < statistics.pstdev(off["ref_logps"]) < 0.4  # a fresh model is almost uniform
+
+
+def test_pages_are_those_of_the_results():
+    for path, text in results.pages(results.FOLDER).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is not up to date: run `python -m bench results`"
+
+
+def test_results_are_one_page_with_a_table_per_file(tmp_path, capsys):
+    folder = tmp_path / "results"
+    rows = [
+        Measurement.of(RECORD, "full 4:1", side, repeat, **ABOUT) for repeat in (0, 1) for side in SIDES if SIDES[side].joins(TASKS["grpo"])
     ]
-    assert len({row["tokens"] for row in rows}) == 1, "both sides count the same tokens"
-    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+    table.write(folder / "grpo_cpu.csv", rows)
+    assert table.read(folder / "grpo_cpu.csv", Measurement) == rows
+    assert main(["results", "--results", str(folder)]) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["RESULTS.md", "grpo_cpu.csv", "grpo_cpu.md"]
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert page.count("## The update of GRPO on a CPU: fastalign and TRL") == page.count("\n## ") == 1
+    assert "[grpo_cpu.csv](results/grpo_cpu.csv), [page](results/grpo_cpu.md)" in page
+    assert page.count("\n| full 4:1 | ") == len(rows) / 2
+    assert "Both sides are given the same answers" in (folder / "grpo_cpu.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "theirs", "suffix"), [("dpo", "trl_fastest", ""), ("grpo", "trl_no_checkpointing", " 4:1")])
+def test_quick_benchmark_runs(tmp_path, name, theirs, suffix):
+    assert main([name, "--quick", "--output", str(tmp_path / "results")]) == 0
+    rows = table.read(tmp_path / "results" / f"{name}_cpu.csv", Measurement)
+    assert [(row.training, row.side) for row in rows] == [
+        (f"{training}{suffix}", side) for training in ("full", "lora") for side in ("fastalign", theirs)
+    ]
+    assert len({row.tokens for row in rows}) == 1, "both sides count the same tokens"
+    assert all(row.tokens_per_second > 0 and row.steps == 4 for row in rows)
+    assert rows[0].command == f"python -m bench {name} --quick"
+    page = (tmp_path / "results" / f"{name}_cpu.md").read_text()
+    assert results.pages(tmp_path / "results")[tmp_path / "results" / f"{name}_cpu.md"] == page

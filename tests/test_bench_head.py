@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import relative_error
 
-from bench import head, head_page, head_rows, head_sides
+from bench import head, head_page, head_sides, table
 from bench.__main__ import main
 from bench.head_problem import Problem
 from bench.head_rows import Row
@@ -114,13 +114,14 @@ def test_under_a_limit_the_least_important_blocks_come_last():
 
 TIMES = {"gemms_nvd": 6.0, "median_ms": 10.0, "min_ms": 9.0, "max_ms": 12.0, "repeats": 5, "bare_gemms_ms": 8.0, "peak_memory_mib": 40.0}
 ERRORS = {"logps_error_nats": 1e-6, "logps_bound_nats": 2e-6}
-MEASURED = Row("cpu", 64, 512, 32, "float32", "trainable", "fastalign, slab", True, **TIMES, **ERRORS)
+ABOUT = {"machine": "a machine", "versions": "torch 2", "commit": "abc", "command": "python -m bench head"}
+MEASURED = Row("cpu", 64, 512, 32, "float32", "trainable", "fastalign, slab", True, **TIMES, **ERRORS, **ABOUT)
 
 
 def test_rows_survive_the_file(tmp_path):
     rows = [MEASURED, replace(MEASURED, side="x, y", ours=False, status="absent: not installed", median_ms=None, repeats=0)]
-    head_rows.write(tmp_path / "t.csv", rows)
-    assert head_rows.read(tmp_path / "t.csv") == rows
+    table.write(tmp_path / "t.csv", rows)
+    assert table.read(tmp_path / "t.csv", Row) == rows
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
@@ -137,18 +138,20 @@ def test_page_says_where_fastalign_is_behind():
         where + "lean 10 MiB, fastalign, slab 40",
         where + "lean 1e-08 nats of error in log-probs, fastalign, slab 1e-06",
     ]
-    page = head_page.page(rows, CPU)
+    page = head_page.page(rows)
     assert "| trainable | peer | 5 (9-12) | 6 | 0.62 | 0.50 | 80 |" in page
     assert "| trainable | gone | absent: not installed |" in page
-    for word in ("machine", "versions", "commit", "liger-kernel", "trl "):
+    for word in ("- machine: a machine", "- versions: torch 2", "- commit: abc", "- command: `python -m bench head`"):
         assert word in page
+    (line,) = [line for line in head_page.section(rows) if line.startswith("| 64, ")]
+    assert line == "| 64, 512, 32, float32 | trainable | 10 | 1.25 | peer | 0.50 | 40 | lean | 10 |"
 
 
 def test_small_run(tmp_path, capsys):
     command = ["head", "--quick", "--device", "cpu", "--dtypes", "bfloat16", "--output", str(tmp_path)]
     assert main([*command, "--tasks", "frozen", "zero_advantage", "--sides", "fastalign", "torch, "]) == 0
     assert main([*command, "--tasks", "grpo", "--sides", "fastalign", "--append"]) == 0
-    rows = head_rows.read(tmp_path / "head_cpu.csv")
+    rows = table.read(tmp_path / "head_cpu.csv", Row)
     assert [(row.task, row.side) for row in rows] == [
         ("frozen", "fastalign, frozen"),
         ("frozen", "torch, log_softmax and gather"),
@@ -159,14 +162,16 @@ def test_small_run(tmp_path, capsys):
     assert all(row.status == "measured" and row.median_ms and row.bare_gemms_ms and row.d_hidden_error for row in rows)
     assert rows[0].logps_error_nats < 1e-4 < 1e-3 < rows[1].logps_error_nats  # bfloat16 in, float32 out: only ours
     page = (tmp_path / "head_cpu.md").read_text()
-    assert page.count("- command:") == 2 and "--dtypes bfloat16 --tasks grpo" in page and str(tmp_path) not in page
+    assert (
+        page.count("- command:") == 2 and "liger-kernel" in page and "--dtypes bfloat16 --tasks grpo" in page and str(tmp_path) not in page
+    )
     assert "x bare" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_quick_benchmark_runs(tmp_path):
     assert main(["head", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
-    rows = head_rows.read(tmp_path / "head_cpu.csv")
+    rows = table.read(tmp_path / "head_cpu.csv", Row)
     assert {row.task for row in rows} == set(TASKS)
     assert not [row for row in rows if not row.status.startswith(("measured", "absent"))]
 

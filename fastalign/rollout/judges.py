@@ -157,15 +157,24 @@ class EndpointJudge:
                 answer = self.client.chat.completions.create(
                     model=self.model, messages=messages, temperature=0, max_tokens=self.max_reply_tokens
                 )
-            except openai.OpenAIError as error:
+            except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
                 raise JudgeError(f"the judge {self.model} at {self.client.base_url} did not answer: {error}") from error
-            reply = (answer.choices[0].message.content or "") if answer.choices else ""
+            reply = _text_of(answer)
             found = VERDICT.findall(reply)
             value = read(found[-1].upper()) if found else None
             if value is not None:
                 return value
             messages = [*messages[:1], {"role": "assistant", "content": reply}, {"role": "user", "content": f"Reply with {wanted} only."}]
         raise JudgeError(f"the judge {self.model} gave no verdict in {self.retries + 1} replies; the last was {reply!r:.200}")
+
+
+def _text_of(answer: Any) -> str:
+    """What a chat reply says: "" where it holds no text, as the page of a proxy or an object of another shape does not."""
+    try:
+        content = answer.choices[0].message.content
+    except (AttributeError, IndexError, TypeError):
+        return ""
+    return content if isinstance(content, str) else ""
 
 
 def as_text(turns: Turns) -> str:

@@ -230,6 +230,9 @@ def test_labels_are_coloured_and_counted(tmp_path: Path) -> None:
     assert status == 1
     assert "all 1 completions to train on are desirable; add undesirable ones, or set data.one_class true" in output
     assert run(tmp_path, rows[:1], kind=UnpairedDataConfig, one_class=True)[0] == 0
+    many = [rows[0], *({**rows[1], "completion": f" bread {k}"} for k in range(8))]
+    status, output = run(tmp_path, many, kind=UnpairedDataConfig)
+    assert status == 0 and "1 desirable to 8 undesirable completions: desirable_weight between 8 and 10.7" in " ".join(output.split())
 
 
 def test_rankings_are_shown_from_the_best_down(tmp_path: Path) -> None:

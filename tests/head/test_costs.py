@@ -1,11 +1,11 @@
 """FLOPs and bytes: counted by torch's profiler tools and by the operating system, not taken from the planner."""
 
-import subprocess
 import sys
-import textwrap
+from functools import partial
 
 import pytest
 import torch
+from growth import growth
 from problems import make
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,33 +97,12 @@ def test_flops_of_a_frozen_head_with_two_outputs(budget, nvd):
     assert plan.make_plan(N, V, D, head_grad=False, grad_outputs=2, budget=budget).nvd == nvd
 
 
-MEASURE = """
-    import sys, torch, fastalign
-    n, v, d, budget = {n}, {v}, {d}, {budget}
-
-    def status(field):
-        lines = open("/proc/self/status").read().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field))
-
+INPUTS = """
     hidden = torch.randn(n, d, requires_grad=True)
     weight = (torch.randn(v, d) / d**0.5).requires_grad_()
     target, c = torch.randint(0, v, (n,)), torch.randn(n)
-    few = v // 8
-    fastalign.linear_logps(hidden, weight[:few], target % few, budget=budget).logps.sum().backward()  # loads every library
-    hidden.grad = weight.grad = None
-    open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
-    before = status("VmRSS")
-    loss = {loss}
-    loss.backward()
-    print(status("VmHWM") - before)
 """
-
-
-def growth(n, v, d, budget, loss) -> int:
-    code = textwrap.dedent(MEASURE).format(n=n, v=v, d=d, budget=budget, loss=loss)
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-
-
+SMALL = "fastalign.linear_logps(hidden, weight[:v // 8], target % (v // 8), budget=budget).logps.sum()"
 LOGPS = "(fastalign.linear_logps(hidden, weight, target, budget=budget).logps * c).sum()"
 SLAB = "fastalign.linear_loss(hidden, weight, target, lambda out, rows: (out.logps * c[rows]).sum(), budget=budget)"
 FROZEN = (
@@ -139,12 +118,13 @@ PLAIN = "((hidden @ weight.T).log_softmax(1).gather(1, target[:, None])[:, 0] * 
 )
 def test_memory_stays_within_gradients_and_budget(n, v, d):
     budget = 64 << 20
+    grown = partial(growth, INPUTS, small=SMALL, n=n, v=v, d=d, budget=budget)
     allowed = 1.05 * (4 * n * d + 4 * v * d + budget)
-    assert growth(n, v, d, budget, LOGPS) <= allowed
-    assert growth(n, v, d, budget, SLAB) <= allowed
-    assert growth(n, v, d, budget, FROZEN) <= 1.05 * (4 * n * d * 3 + budget)
+    assert grown(LOGPS) <= allowed
+    assert grown(SLAB) <= allowed
+    assert grown(FROZEN) <= 1.05 * (4 * n * d * 3 + budget)
     if n == 1024:
-        assert growth(n, v, d, budget, PLAIN) > 4 * allowed  # the measurement sees what it should
+        assert grown(PLAIN) > 4 * allowed  # the measurement sees what it should
 
 
 def test_plan_explains_itself():

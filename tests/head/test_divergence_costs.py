@@ -1,11 +1,11 @@
 """FLOPs and bytes of the divergences: counted by torch's profiler tools and by the operating system, not taken from the planner."""
 
-import subprocess
 import sys
-import textwrap
+from functools import partial
 
 import pytest
 import torch
+from growth import growth
 from pairs import KINDS, pair
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,26 +100,12 @@ def test_plan_says_what_a_small_budget_costs():
     assert "16 NVD" in text and "slabs are cut into tiles of" in text and "5 GEMMs of the student's head, 3 of the teacher's" in text
 
 
-MEASURE = """
-    import torch, fastalign
-    n, v, d, d2, budget = {n}, {v}, {d}, {d2}, {budget}
-
-    def status(field):
-        lines = open("/proc/self/status").read().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field))
-
+INPUTS = """
     hidden = torch.randn(n, d, requires_grad=True)
     weight = (torch.randn(v, d) / d**0.5).requires_grad_()
     ref_hidden, ref_weight = torch.randn(n, d2), torch.randn(v, d2) / d2**0.5
-    few = v // 8
-    fastalign.linear_divergence(hidden, weight[:few], ref_hidden, ref_weight[:few], budget=budget).sum().backward()  # loads every library
-    hidden.grad = weight.grad = None
-    open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
-    before = status("VmRSS")
-    loss = {loss}
-    loss.backward()
-    print(status("VmHWM") - before)
 """
+SMALL = "fastalign.linear_divergence(hidden, weight[:v // 8], ref_hidden, ref_weight[:v // 8], budget=budget).sum()"
 DIVERGENCE = "fastalign.linear_divergence(hidden, weight, ref_hidden, ref_weight, kind='jsd', budget=budget).sum()"
 LOSS = "fastalign.linear_divergence_loss(hidden, weight, ref_hidden, ref_weight, lambda out, rows: out.divergence.sum(), budget=budget)"
 PLAIN = "torch.nn.functional.kl_div((hidden @ weight.T).log_softmax(1), (ref_hidden @ ref_weight.T).log_softmax(1), log_target=True)"
@@ -128,12 +114,8 @@ PLAIN = "torch.nn.functional.kl_div((hidden @ weight.T).log_softmax(1), (ref_hid
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc; the bound is unproven elsewhere")
 def test_memory_stays_within_gradients_and_budget():
     n, v, d, d2, budget = 1024, 151936, 64, 96, 64 << 20
-
-    def growth(loss) -> int:
-        code = textwrap.dedent(MEASURE).format(n=n, v=v, d=d, d2=d2, budget=budget, loss=loss)
-        return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-
+    grown = partial(growth, INPUTS, small=SMALL, n=n, v=v, d=d, d2=d2, budget=budget)
     allowed = 1.05 * (4 * n * d + 4 * v * d + budget)
-    assert growth(DIVERGENCE) <= allowed
-    assert growth(LOSS) <= allowed
-    assert growth(PLAIN) > 4 * allowed  # the measurement sees what it should
+    assert grown(DIVERGENCE) <= allowed
+    assert grown(LOSS) <= allowed
+    assert grown(PLAIN) > 4 * allowed  # the measurement sees what it should

@@ -1,27 +1,12 @@
 """The Triton kernels of the divergences: their tests under Triton's interpreter, and what they refuse."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent.parent
+from support import pass_under_the_interpreter
 
 
 def test_kernels_under_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined."""
-    pytest.importorskip("triton", reason="Triton is not installed: the kernels of the divergences are unproven here")
-    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-W", "ignore::RuntimeWarning", "tests/head/interpreted_divergence.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    summary = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and summary and int(summary[1]) >= 139 and "skipped" not in done.stdout, (
-        done.stdout[-6000:] + done.stderr[-2000:]
-    )
+    pass_under_the_interpreter("tests/head/interpreted_divergence.py", 139, "the kernels of the divergences")
 
 
 def test_kernels_refuse_what_they_would_get_wrong():

@@ -1,20 +1,15 @@
 """When the Triton row kernels are chosen, what they refuse, and their tests under Triton's interpreter."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import pass_under_the_interpreter
 
 from fastalign import linear_logps
 from fastalign.errors import DependencyError
 from fastalign.head import plan
 from fastalign.head.plan import make_plan
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def chosen(**request) -> str:
@@ -71,12 +66,4 @@ def test_barriers_before_narrow_stores_suffice(blocks):
 
 
 def test_kernels_under_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined."""
-    pytest.importorskip("triton", reason="Triton is not installed: its row kernels are unproven here")
-    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-W", "ignore::RuntimeWarning", "tests/head/interpreted_rows.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    summary = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and summary and int(summary[1]) >= 90 and "skipped" not in done.stdout, (
-        done.stdout[-6000:] + done.stderr[-2000:]
-    )
+    pass_under_the_interpreter("tests/head/interpreted_rows.py", 90, "its row kernels")

@@ -1,13 +1,10 @@
 """When the fused losses are available, what they cover and refuse, and their tests under Triton's interpreter."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import pass_under_the_interpreter
 
 from fastalign.errors import DependencyError
 from fastalign.losses import fused_triton
@@ -16,7 +13,6 @@ from fastalign.losses.preference import PREFERENCE_LOSSES
 from fastalign.losses.reference_free import REFERENCE_FREE_LOSSES
 from fastalign.losses.unpaired import UNPAIRED_LOSSES
 
-ROOT = Path(__file__).parent.parent.parent
 WITHOUT = {"aot", "aot_unpaired"}
 CU = torch.tensor([0, 2, 4], dtype=torch.int32)
 GIVEN = (torch.zeros(4), CU, torch.zeros(2))
@@ -101,12 +97,4 @@ def test_options_of_another_loss_are_refused(monkeypatch):
 
 
 def test_kernels_under_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined."""
-    pytest.importorskip("triton", reason="Triton is not installed: the fused losses are unproven here")
-    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-W", "ignore::RuntimeWarning", "tests/losses/interpreted_fused.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    summary = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and summary and int(summary[1]) >= 140 and "skipped" not in done.stdout, (
-        done.stdout[-6000:] + done.stderr[-2000:]
-    )
+    pass_under_the_interpreter("tests/losses/interpreted_fused.py", 140, "the fused losses")

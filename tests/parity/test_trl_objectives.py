@@ -7,28 +7,24 @@ log-probs: ranks over the step, weights by the policy's distribution, desensitis
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import preference_rows, save_tiny, tiny_model
+from tiny import preference_rows
 
-from fastalign import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SimPOConfig, train
+from fastalign import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SimPOConfig
 from fastalign.data.config import DataConfig, UnpairedDataConfig
-from fastalign.models.config import LoraConfig, ModelConfig
 
 pytest.importorskip("trl", reason="TRL is the oracle; without it the equality of a step with TRL's is unproven")
-import peft
 import trl
 from transformers import AutoModelForCausalLM
 from trl.experimental.cpo import CPOConfig as TrlCPOConfig
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOConfig as TrlORPOConfig
 from trl.experimental.orpo import ORPOTrainer
-from trl_runs import BATCH, RELATIVE, SETTINGS, Run, assert_same_run, run_trl
+from trl_runs import BATCH, RELATIVE, Run, assert_same_run, run_ours, run_trl, starting_weights, with_adapter, write_inputs
 
 REWARDS = ("loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 TOKENS = ("logits/chosen", "logits/rejected", "entropy", "num_tokens")
@@ -76,16 +72,9 @@ TRAINERS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, an adapter whose update is not zero, and files of exactly one step's samples."""
-    folder = tmp_path_factory.mktemp("parity")
-    save_tiny(folder / "model", "qwen3")
-    torch.manual_seed(1)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-    peft.get_peft_model(tiny_model("qwen3"), config).save_pretrained(folder / "adapter")
     pairs = preference_rows(BATCH)
     single = [{"prompt": row["prompt"], "completion": row["chosen"], "label": k % 3 != 1} for k, row in enumerate(pairs)]
-    for name, rows in {"pairs": pairs, "single": single}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("parity"), {"pairs": pairs, "single": single})
 
 
 def trl_run(folder: Path, case: str) -> Run:
@@ -93,8 +82,7 @@ def trl_run(folder: Path, case: str) -> Run:
     trainer, arguments, _ = TRAINERS[config_class]
     model: Any = str(folder / "model")
     if "adapter" in case:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        model = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+        model = with_adapter(folder)
     elif config_class in (ORPOConfig, CPOConfig, SimPOConfig):  # the experimental trainers do not read the folder's dtype
         model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     file = folder / ("single.jsonl" if config_class is KTOConfig else "pairs.jsonl")
@@ -103,18 +91,9 @@ def trl_run(folder: Path, case: str) -> Run:
 
 def our_run(folder: Path, output: Path, case: str, **changes: Any) -> Run:
     config_class, _, options = CASES[case]
-    lora = LoraConfig(adapter=str(folder / "adapter")) if "adapter" in case else LoraConfig()
     single = config_class is KTOConfig
     data: Any = UnpairedDataConfig(path=str(folder / "single.jsonl")) if single else DataConfig(path=str(folder / "pairs.jsonl"))
-    steps: list[dict[str, float]] = []
-    settings = {"batch_size": BATCH, "max_tokens": 150, **SETTINGS, **options, **changes}
-    config = config_class(model=ModelConfig(path=str(folder / "model")), data=data, lora=lora, output=str(output), **settings)
-    result = train(config, callbacks=[lambda step, metrics: steps.append(dict(metrics))])
-    return Run(steps, load_file(result.output / "final" / ("adapter_model.safetensors" if "adapter" in case else "model.safetensors")))
-
-
-def start(folder: Path, case: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / ("adapter/adapter_model.safetensors" if "adapter" in case else "model/model.safetensors"))
+    return run_ours(config_class, folder, output, data, lora="adapter" in case, **{**options, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +108,7 @@ def test_three_steps_equal_trl(folder: Path, tmp_path: Path, case: str) -> None:
     if "kto" in case and "apo" not in case:
         metrics = (*metrics, "kl")
         assert oracle.steps[1]["kl"] > 0, "the KL is clamped: it would prove nothing"
-    assert_same_run(ours, oracle, start(folder, case), metrics)
+    assert_same_run(ours, oracle, starting_weights(folder, "adapter" in case), metrics)
 
 
 def test_orpo_likelihood_of_the_answers_alone_differs_on_purpose(folder: Path, tmp_path: Path) -> None:
@@ -145,4 +124,4 @@ def test_a_slightly_different_option_is_noticed(folder: Path, tmp_path: Path) ->
     oracle = trl_run(folder, "kto, step")
     ours = our_run(folder, tmp_path / "run", "kto, step", desirable_weight=1.212)
     with pytest.raises(AssertionError, match="step"):
-        assert_same_run(ours, oracle, start(folder, "kto, step"), ("loss",))
+        assert_same_run(ours, oracle, starting_weights(folder, lora=False), ("loss",))

@@ -5,18 +5,14 @@ Ours cuts each step into several packed micro-batches, TRL pads it into one.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import PAD, preference_rows, save_tiny, tiny_tokenizer
 
-from fastalign import train
 from fastalign.data.config import RankedDataConfig
-from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.save import save_final
 from fastalign.models.value_head import load_reward_model
 from fastalign.objectives.reward import RewardConfig
@@ -25,7 +21,7 @@ pytest.importorskip("trl", reason="TRL is the oracle; without it the equality of
 import peft
 import trl
 from transformers import AutoModelForSequenceClassification
-from trl_runs import BATCH, SETTINGS, Run, assert_same_run, run_trl
+from trl_runs import BATCH, Run, assert_same_run, run_ours, run_trl, starting_weights, write_rows
 
 METRICS = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens")
 
@@ -47,8 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files["margins"] = [row | {"margin": 0.3 * k} for k, row in enumerate(files["pairs"])]
     long = {"prompt": "river", "chosen": " old lamp", "rejected": " bright stone holds quiet garden" * 20}
     files["long"] = [*files["pairs"][:3], long, *files["pairs"][3:]]
-    for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder, files)
     return folder
 
 
@@ -64,19 +59,8 @@ def trl_run(folder: Path, model: str, data: str, lora: bool, **options: Any) -> 
 
 
 def our_run(folder: Path, output: Path, model: str, data: str, lora: bool, max_length: int | None = 1024, **options: Any) -> Run:
-    steps: list[dict[str, float]] = []
-    config = RewardConfig(
-        model=ModelConfig(path=str(folder / model)),
-        data=RankedDataConfig(path=str(folder / f"{data}.jsonl"), max_length=max_length),
-        lora=LoraConfig(adapter=str(folder / "adapter")) if lora else LoraConfig(),
-        output=str(output),
-        batch_size=BATCH,
-        max_tokens=300,
-        **SETTINGS,
-        **options,
-    )
-    result = train(config, callbacks=[lambda step, metrics: steps.append(dict(metrics))])
-    return Run(steps, load_file(result.output / "final" / ("adapter_model.safetensors" if lora else "model.safetensors")))
+    source = RankedDataConfig(path=str(folder / f"{data}.jsonl"), max_length=max_length)
+    return run_ours(RewardConfig, folder, output, source, lora=lora, model=model, **{"max_tokens": 300, **options})
 
 
 CASES: dict[str, tuple[str, str, bool, dict[str, Any], dict[str, Any]]] = {  # model, data, adapter, options of TRL, ours
@@ -95,7 +79,7 @@ def test_three_steps_equal_trl(folder: Path, tmp_path: Path, case: str, monkeypa
     model, data, lora, theirs, mine = CASES[case]
     oracle = trl_run(folder, model, data, lora, **theirs)
     ours = our_run(folder, tmp_path / "run", model, data, lora, **mine)
-    start = load_file(folder / "adapter" / "adapter_model.safetensors" if lora else folder / model / "model.safetensors")
+    start = starting_weights(folder, lora, model)
     assert_same_run(ours, oracle, start, METRICS)
     if case == "pairs":  # the comparison has the power to fail
         other = our_run(folder, tmp_path / "other", model, data, lora, center_coef=1e-3)

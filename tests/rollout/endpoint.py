@@ -6,13 +6,14 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Endpoint:
-    """Answers every chat request with `reply(messages) -> text`, or with the status code that `reply` returns."""
+    """Answers every chat request with `reply(messages) -> text`, or with the status code or the whole body that `reply` returns."""
 
-    def __init__(self, reply: Callable[[list[dict]], str | int]) -> None:
+    def __init__(self, reply: Callable[[list[dict]], str | int | bytes]) -> None:
         self.requests: list[list[dict]] = []
         endpoint = self
 
@@ -20,14 +21,15 @@ class Endpoint:
             def do_POST(self) -> None:
                 messages = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
                 endpoint.requests.append(messages)
-                text = reply(messages)
-                status, body = (text, {"error": {"message": "no"}}) if isinstance(text, int) else (200, completion(text))
-                data = json.dumps(body).encode()
+                said = reply(messages)
+                status, body = (said, {"error": {"message": "no"}}) if isinstance(said, int) else (200, completion(str(said)))
+                data = said if isinstance(said, bytes) else json.dumps(body).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                with suppress(OSError):  # who asked may have gone by now
+                    self.wfile.write(data)
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -1,9 +1,13 @@
 """Judges: verdicts in both orders, ratings, retries, and nothing made up."""
 
+import json
+import threading
+import time
+
 import pytest
 
 pytest.importorskip("openai", reason="judges behind an endpoint are unproven here")
-from endpoint import Endpoint, prefers_longer
+from endpoint import Endpoint, completion, prefers_longer
 
 from fastalign.errors import ConfigError, JudgeError
 from fastalign.rollout.judges import EndpointJudge, FunctionJudge, load_function
@@ -55,6 +59,46 @@ def test_a_verdict_inside_an_answer_is_not_the_judges():
 def test_an_endpoint_that_fails_is_named(status):
     with Endpoint(lambda messages: status) as endpoint, pytest.raises(JudgeError, match=f"{endpoint.url}.*did not answer"):
         judge(endpoint, retries=0)("why?", ["one", "two"], {})
+
+
+NONSENSE = {
+    "a page": b"<html>[[A]]</html>",
+    "no json": b"{",
+    "no object": b"[]",
+    "no choices": b"{}",
+    "null choices": b'{"choices": null}',
+    "no choice": b'{"choices": []}',
+    "no message": b'{"choices": [{"index": 0}]}',
+    "null message": b'{"choices": [{"index": 0, "message": null}]}',
+    "no content": b'{"choices": [{"index": 0, "message": {"role": "assistant", "content": null}}]}',
+    "parts": b'{"choices": [{"index": 0, "message": {"role": "assistant", "content": [{"type": "text", "text": "[[A]]"}]}}]}',
+    "empty": completion(""),
+    "another letter": completion("[[C]]"),
+    "a number": completion("[[7]]"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_a_reply_that_holds_no_verdict_is_no_verdict(case):
+    body = NONSENSE[case] if isinstance(NONSENSE[case], bytes) else json.dumps(NONSENSE[case]).encode()
+    with Endpoint(lambda messages: body) as endpoint, pytest.raises(JudgeError, match=r"did not answer|gave no verdict in 1 replies"):
+        judge(endpoint, retries=0)("why?", ["one", "two"], {})
+
+
+def test_a_judge_that_takes_too_long_is_named_and_asked_again():
+    slow = threading.Event()
+
+    def reply(messages):
+        if not slow.is_set():
+            slow.set()
+            time.sleep(1.5)
+        return "[[TIE]]"
+
+    with Endpoint(reply) as endpoint:
+        with pytest.raises(JudgeError, match=f"the judge m at {endpoint.url}/ did not answer: Request timed out"):
+            judge(endpoint, retries=0, timeout=0.5)("why?", ["one", "two"], {})
+        slow.clear()
+        assert judge(endpoint, retries=1, timeout=0.5)("why?", ["one", "two"], {}).scores == (0.5, 0.5)
 
 
 def test_server_errors_are_retried():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,46 @@ def test_a_judge_that_is_down_stops_the_run_and_is_asked_again(config):
     judge = ByLength()
     assert label(config, judge)["failed"] == 0
     assert judge.seen == ["who?", "how?", "when?"]
+
+
+def test_rows_whose_judge_takes_too_long_or_answers_nonsense_are_kept_and_the_run_goes_on(config, tmp_path):
+    pytest.importorskip("openai", reason="what label does when an endpoint fails is unproven here")
+    from rollout.endpoint import Endpoint, prefers_longer
+
+    asked, mended = [], []
+
+    def reply(messages):
+        question = messages[0]["content"]
+        row = next(row["prompt"] for row in rows if row["prompt"] in question)
+        asked.append(row)
+        if row in mended:
+            return prefers_longer(messages)
+        if row == "who?":
+            time.sleep(1.5)
+        return {"how?": "Both have their merits.", "where?": b"<html>502</html>"}.get(row) or prefers_longer(messages)
+
+    rows = [*ROWS[:3], {"prompt": "where?", "completions": ["here", "there"]}, {"prompt": "which?", "completions": ["this", "the other"]}]
+    Path(config.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Endpoint(reply) as endpoint:
+        config.judge = JudgeConfig(url=endpoint.url, model="m", timeout=0.5, retries=0, workers=1)
+        config.max_failures = 3
+        with pytest.raises(JudgeError, match=r"3 rows in a row without a verdict, the last: .*what was judged is kept"):
+            label(config)
+        assert not Path(config.output).exists()
+        mended.append("how?")
+        asked.clear()
+        figures = label(config)
+        assert "why?" not in asked, "what was judged is not asked again"
+        assert (figures["rows"], figures["failed"]) == (5, 2)
+        assert [row["prompt"] for row in read(config.output)] == ["why?", "how?", "which?"]
+        failed = Path(config.output).with_suffix(".failed.jsonl")
+        slow, nonsense = read(failed)
+        assert slow["prompt"] == "who?" and "did not answer: Request timed out" in slow["judge_error"]
+        assert nonsense["prompt"] == "where?" and "gave no verdict in 1 replies; the last was ''" in nonsense["judge_error"]
+        mended += ["who?", "where?"]
+        again = LabelConfig(str(failed), str(tmp_path / "again.jsonl"), config.judge)
+        assert label(again)["failed"] == 0
+    assert [(row["prompt"], row["scores"]) for row in read(again.output)] == [("who?", [0.0, 1.0]), ("where?", [0.0, 1.0])]
 
 
 def test_a_part_of_other_rows_or_of_another_judge_is_refused(config):

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import config, no_report, rows, weights
+from killing import ANYWHERE, GENERATING, REUSING, SAVING, TARGETS, config, no_report, rows, weights
 from tiny import preference_rows, save_tiny
 
 from fastalign import train
 from fastalign.errors import CheckpointError
+
+REWARDS = """
+def likes_o(completions, **columns):
+    return [float(c.count("o")) for c in completions]
+"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,26 +38,45 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = preference_rows(24, seed=3)
     for name, part in {"pairs": found[:18], "heldout": found[18:]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in found[:7]))
+    (folder / "rewards.py").write_text(REWARDS)
     return folder
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_resume_bit_for_bit(inputs: Path, tmp_path: Path, kills: int) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(inputs), str(tmp_path), str(kills)]
+    report = killed(inputs, tmp_path, kills, "full", "lora")
+    assert any(trial["half_written"] for trial in report["trials"]), report
+    assert any(0 < trial["rows"] < report["rows"] for trial in report["trials"]), report
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_online_runs_resume_bit_for_bit(inputs: Path, tmp_path: Path, kills: int) -> None:
+    """Four steps train on the answers of a generation, and a checkpoint comes after every third."""
+    report = killed(inputs, tmp_path, kills, "grpo", "grpo-lora")
+    for visits in report["visits"].values():
+        assert visits[GENERATING] >= 4 and visits[REUSING] == 12 and visits[SAVING] == 7
+    assert (tmp_path / "whole-grpo" / "completions.jsonl").exists()
+
+
+def killed(inputs: Path, work: Path, kills: int, *kinds: str) -> dict[str, Any]:
+    """Kill runs of these kinds, check that each ended as if it had not been, and give the report."""
+    command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(inputs), str(work), str(kills), *kinds]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}  # a tiny model needs no more
     done = subprocess.run(command, capture_output=True, text=True, timeout=560, env=environment)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(done.stdout)
     trials = report["trials"]
     assert len(trials) == kills
     for trial in trials:
         assert trial["same_metrics"], trial
+        assert trial["same_answers"], trial
         assert trial["same_weights"], trial
         assert trial["leftovers"] == [], trial
-    # The moments were what they should be: runs cut in the middle, and in the middle of a save.
     assert sum(trial["killed"] for trial in trials) >= kills // 2
-    assert any(trial["half_written"] for trial in trials), trials
-    assert any(0 < trial["rows"] < report["rows"] for trial in trials), trials
+    for target in TARGETS[kinds[0]]:  # the moments were what they should be
+        assert target == ANYWHERE or any(trial["target"] == trial["place"] == target and trial["killed"] for trial in trials), trials
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +86,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def interrupted_at(inputs: Path, run: Path, step: int) -> None:
+def interrupted_at(inputs: Path, run: Path, step: int, kind: str = "lora") -> None:
     """A run that ends, as if killed, right after the save of `step`; dropout makes it depend on the generator state."""
 
     class Killed(Exception):
@@ -73,7 +97,7 @@ def interrupted_at(inputs: Path, run: Path, step: int) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        train(config("lora", inputs, run, resume=False), callbacks=[stop])
+        train(config(kind, inputs, run, resume=False), callbacks=[stop])
 
 
 @pytest.mark.parametrize("step", [2, 8, 14])
@@ -93,6 +117,17 @@ def test_a_resume_without_the_generator_state_would_differ(
     interrupted_at(inputs, run, 8)
     monkeypatch.setattr("fastalign.train.checkpoint.restore_rng", lambda saved: None)
     train(config("lora", inputs, run, resume=True))
+    assert weights(run) != weights(whole)
+
+
+def test_a_resume_without_the_answers_of_the_generation_would_differ(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor would the comparison of online runs pass if the model answered again, with the weights that it has by now."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(config("grpo", inputs, whole, resume=False))
+    interrupted_at(inputs, run, 6, "grpo")  # two more steps are to be made with the same answers
+    monkeypatch.setattr("fastalign.objectives.grpo.GRPO.load_state", lambda self, state: None)
+    train(config("grpo", inputs, run, resume=True))
+    assert rows(run) != rows(whole)
     assert weights(run) != weights(whole)
 
 

@@ -1,0 +1,45 @@
+"""bench/RESULTS.md and the pages in bench/results/, from the CSV files there: `python -m bench results`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench import head_page, table, training_page
+from bench.head_rows import Row
+from bench.training_rows import Measurement
+from bench.training_sides import TASKS
+
+FOLDER = Path(__file__).with_name("results")
+HEAD = """# Results
+
+Written by `python -m bench results` from the CSV files in [results/](results/), which hold every run; how each was measured is on the
+page beside its file. Every side had to give the right answer before it was timed. Ratios are fastalign's advantage: above 1 is better."""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench results", description=__doc__)
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the CSV files; RESULTS.md is written beside it")
+    for path, text in pages(parser.parse_args(argv).results).items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    return 0
+
+
+def pages(folder: Path) -> dict[Path, str]:
+    """What every page that follows from the CSV files in `folder` should hold, by its path."""
+    found, lines = {}, [HEAD]
+    for name in TASKS:
+        if (file := folder / f"{name}_cpu.csv").exists():
+            runs = table.read(file, Measurement)
+            found[file.with_suffix(".md")] = training_page.page(name, runs)
+            lines += _section(file, training_page.title(name), [*table.facts(runs), *training_page.section(runs)])
+    for file in sorted(folder.glob("head_*.csv")):
+        rows = table.read(file, Row)
+        found[file.with_suffix(".md")] = head_page.page(rows)
+        lines += _section(file, head_page.TITLE, [*table.facts(rows), "", *head_page.section(rows)])
+    return found | {folder.parent / "RESULTS.md": "\n".join(lines) + "\n"}
+
+
+def _section(file: Path, title: str, lines: list[str]) -> list[str]:
+    return ["", f"## {title}", "", f"[{file.name}]({file.parent.name}/{file.name}), [page]({file.parent.name}/{file.stem}.md)", "", *lines]
