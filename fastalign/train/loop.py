@@ -75,8 +75,8 @@ class _Run:
         self.model = config.load_model(self.tokenizer)
         self.device = next(self.model.parameters()).device
         head_weight = lm_head_weight(self.model)
-        embedding = causal_lm(self.model).get_input_embeddings().weight
-        check_vocabulary(samples, len(embedding if head_weight is None else head_weight))
+        embedding = causal_lm(self.model).get_input_embeddings()
+        check_vocabulary(samples, len(embedding.weight if head_weight is None else head_weight))
         self.order = Order.of(config, len(self.data.samples))
         self.identity = Identity(
             algorithm=config.name,
@@ -84,7 +84,7 @@ class _Run:
             data=self.data.fingerprint,
             model=model_fingerprint(self.model, skip_adapter=POLICY if has_adapter(self.model) else None),
         )
-        self.optimizer = Optimizer(self.model, config, head_weight=head_weight)
+        self.optimizer = Optimizer(self.model, config, head_weight=head_weight, embedding=embedding)
         config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
         self.progress = Progress()
         self.saved_step = -1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import CheckpointError, ConfigError
+from fastalign.models.embedding import accumulate_in_place
 from fastalign.objectives.base import RunConfig
 
 # Transformers decays everything but these (Trainer.get_decay_parameter_names).
@@ -38,10 +39,13 @@ class Optimizer:
 
     With `config.master_weights` every trainable 16-bit weight has a float32 copy here: its gradient is accumulated in float32,
     the update happens on the copy, and the weight is the rounded copy. Such a weight carries the float32 buffer as
-    `weight.main_grad`, which the head adds its dW to; a float32 head weight keeps its `.grad` allocated for the same purpose.
+    `weight.main_grad`, which the head and the embedding add their gradients to; where these are float32 they keep their `.grad`
+    allocated for the same purpose.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, *, head_weight: Tensor | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: RunConfig, *, head_weight: Tensor | None = None, embedding: nn.Module | None = None
+    ) -> None:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.named:
             raise ConfigError("the model has no trainable weight; set lora.r above 0, or load the model without frozen weights")
@@ -53,7 +57,10 @@ class Optimizer:
         for name, master in self.masters.items():
             _accumulate_in_float32(self.named[name], master)
         self.updated: dict[str, nn.Parameter] = {name: self.masters.get(name, p) for name, p in self.named.items()}
-        self.kept_grad = next((p for n, p in self.named.items() if p is head_weight and n not in self.masters), None)
+        in_place = [head_weight]
+        if embedding is not None and accumulate_in_place(embedding):
+            in_place.append(embedding.get_parameter("weight"))
+        self.kept_grads = [p for n, p in self.named.items() if any(p is weight for weight in in_place) and n not in self.masters]
         decayed = [p for n, p in self.updated.items() if not _NO_DECAY.search(n.lower())]
         others = [p for n, p in self.updated.items() if _NO_DECAY.search(n.lower())]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -67,15 +74,15 @@ class Optimizer:
         self.max_grad_norm = config.max_grad_norm
 
     def zero_grad(self) -> None:
-        """Free the gradients, but keep and clear the buffers that the head adds to in place."""
+        """Free the gradients, but keep and clear the buffers that head and embedding add to in place."""
+        kept = {id(p) for p in self.kept_grads}
         for p in self.named.values():
-            if p is not self.kept_grad:
+            if id(p) not in kept:
                 p.grad = None
-        if self.kept_grad is not None:
-            if self.kept_grad.grad is None:
-                self.kept_grad.grad = torch.zeros_like(self.kept_grad)
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
             else:
-                self.kept_grad.grad.zero_()
+                p.grad.zero_()
         buffers = [m.grad for m in self.masters.values() if m.grad is not None]
         if buffers:
             torch._foreach_zero_(buffers)
