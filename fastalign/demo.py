@@ -114,6 +114,7 @@ RECIPES = {
     ),
     "grpo": Recipe("GRPO: digits in ascending order, by reward alone", "GRPOConfig", "prompts", _as_given, _SORTING, DIGITS),
     "rloo": Recipe("RLOO: digits in ascending order, by reward alone", "RLOOConfig", "prompts", _as_given, _SORTING, DIGITS),
+    "ppo": Recipe("PPO: digits in ascending order, by reward and a critic", "PPOConfig", "prompts", _as_given, _SORTING, DIGITS),
 }
 
 MEASURES = {  # of a verdict: label and form
