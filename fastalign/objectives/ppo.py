@@ -153,6 +153,8 @@ def estimate(config: PPOConfig, rollouts: Rollouts, earned: TokenRewards, values
 
 
 class _Rollout(Rollout):
+    """Looks at answers in micro-batches, for whatever a critic makes of them."""
+
     def per_token(self, rollouts: Rollouts, found: Callable[[PackedBatch], Tensor]) -> Tensor:
         """(T, ...) what `found` says of the scored tokens of a batch, for all answers."""
         return self._score(self.samples(rollouts), found)

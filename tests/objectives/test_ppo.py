@@ -22,8 +22,9 @@ from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.critic import critic_weights
 from fastalign.models.trunk import causal_lm, stock_attention
 from fastalign.models.value_head import load_reward_model
+from fastalign.objectives.online import Rollout
 from fastalign.objectives.ppo import PPO, PPOConfig
-from fastalign.rollout.generate import Completion, generate
+from fastalign.rollout.generate import Completion
 from fastalign.train.optim import Optimizer
 from fastalign.train.step import micro_batches, run_step
 
@@ -72,10 +73,9 @@ def move(model, seed, size=0.03):
                 weight.add_((0.3 if "value_head" in name else size) * torch.randn(weight.shape, generator=rng))
 
 
-def end_early(model, prompts, **options):
+def end_early(rollout, asked, seed, answers=Rollout._answers):
     """The model's own answers, but two of three end, after few tokens; left to itself a random model hardly ever ends."""
-    done = generate(model, prompts, **options)
-    end = options["eos_token_id"]
+    done, end = answers(rollout, asked, seed), rollout.data.tokenizer.eos_token_id
     return [c if i % 3 == 0 else Completion((*c.tokens[: 2 + i % 4], end), (0.0,) * (3 + i % 4), True) for i, c in enumerate(done)]
 
 
@@ -91,7 +91,7 @@ def rolled(place, *, ends=True, **options):
     prompts = objective.rollout.data.samples[: config.draw_size]
     with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
         if ends:
-            patched.setattr("fastalign.objectives.online.generate", end_early)
+            patched.setattr(Rollout, "_answers", end_early)
         objective.samples(0, prompts)
     move(model, 2)
     return objective, prompts
@@ -277,6 +277,25 @@ def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, critic)
 
 def _result(row):
     return {name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))}
+
+
+@pytest.mark.parametrize(("size", "places"), [(1, [0, 1, 2, 3]), (3, [0, 1, 3, 4])])
+def test_what_is_shown_of_a_step(place, size, places):
+    """Four answers, two to a prompt at most, with the mean advantage of their tokens."""
+    objective, _ = rolled(place, batch_size=4, num_generations=size, completions_every=5)
+    drawn, shown = objective.drawn, objective.shown(1)
+    assert [row["row"] for row in shown] == drawn.rollouts.prompts[places].tolist()
+    advantages = drawn.estimates.advantages.split(drawn.rollouts.lengths.tolist())
+    assert [row["advantage"] for row in shown] == pytest.approx([float(advantages[i].mean()) for i in places], rel=1e-5)
+    assert objective.shown(5) == shown and objective.shown(6) == []
+
+
+def test_evaluation_answers_held_out_prompts_and_leaves_the_generation_alone(place):
+    objective, prompts = rolled(place, num_generations=1)
+    before = {name: value.clone() for name, value in objective.state().items()}
+    metrics = objective.evaluate(prompts)
+    assert {"reward", "completions/mean_length"} <= metrics.keys() and "frac_reward_zero_std" not in metrics
+    assert before.keys() == objective.state().keys() and all(torch.equal(x, before[n]) for n, x in objective.state().items())
 
 
 def test_a_reward_model_and_bfloat16(place, tmp_path):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import load_prompts
 from fastalign.models.config import ModelConfig
+from fastalign.objectives.online import Rollout
 from fastalign.objectives.ppo import PPO, PPOConfig
 from fastalign.rollout.generate import Completion
 from fastalign.train.step import micro_batches, run_step
@@ -41,7 +42,7 @@ class Case:
             if finished:
                 answer[-1] = end
         said = [Completion(tuple(a.tolist()), (0.0,) * len(a), bool(f)) for a, f in zip(self.answers, self.finished)]
-        monkeypatch.setattr("fastalign.objectives.online.generate", lambda *_, **__: said)
+        monkeypatch.setattr(Rollout, "_answers", lambda *_: said)
         given = {"rewards": [f"{folder}/reward.py:mine"], "output": "unused", "batch_size": 3, "num_generations": 2, "num_iterations": 2}
         given |= {"max_completion_length": LONGEST, "temperature": TEMPERATURE, "max_tokens": 40, "cliprange": 0.2}
         model = ModelConfig(path=str(folder / "model"), dtype="float32")
