@@ -34,6 +34,7 @@ _HOMES = {
     "SimPOConfig": "fastalign.objectives.cpo",
     "GRPOConfig": "fastalign.objectives.grpo",
     "RLOOConfig": "fastalign.objectives.rloo",
+    "PPOConfig": "fastalign.objectives.ppo",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from fastalign.objectives.grpo import GRPOConfig as GRPOConfig
     from fastalign.objectives.kto import KTOConfig as KTOConfig
     from fastalign.objectives.orpo import ORPOConfig as ORPOConfig
+    from fastalign.objectives.ppo import PPOConfig as PPOConfig
     from fastalign.objectives.reward import RewardConfig as RewardConfig
     from fastalign.objectives.rloo import RLOOConfig as RLOOConfig
     from fastalign.objectives.sft import SFTConfig as SFTConfig

@@ -48,6 +48,7 @@ COLOURS = {"helpful": "green", "dismissive": "red", "mixed": "yellow", "neither"
 BATCH_SIZE = 16
 _PAIR = ("chosen", "rejected")
 _SORTING = {"rewards": ["exact_match"], "num_generations": 8, "max_completion_length": 8, "learning_rate": 2e-4}
+_CRITICISED = _SORTING | {"num_generations": 4, "value_learning_rate": 2e-3}  # every answer is used four times
 OWN_FILES = ("model", "train.jsonl", "heldout.jsonl", "samples.jsonl", "run", "teacher", "demo.json")
 
 
@@ -114,6 +115,7 @@ RECIPES = {
     ),
     "grpo": Recipe("GRPO: digits in ascending order, by reward alone", "GRPOConfig", "prompts", _as_given, _SORTING, DIGITS),
     "rloo": Recipe("RLOO: digits in ascending order, by reward alone", "RLOOConfig", "prompts", _as_given, _SORTING, DIGITS),
+    "ppo": Recipe("PPO: digits in ascending order, by reward and a critic", "PPOConfig", "prompts", _as_given, _CRITICISED, DIGITS),
 }
 
 MEASURES = {  # of a verdict: label and form

@@ -13,7 +13,7 @@ from torch import nn
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.config import LoraConfig
 
-POLICY, REFERENCE = "default", "reference"
+POLICY, REFERENCE, CRITIC = "default", "reference", "critic"
 
 
 def add_adapter(model: Any, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
@@ -68,11 +68,25 @@ def has_adapter(model: Any) -> bool:
 def reference_adapter(model: Any) -> Iterator[None]:
     """`model` as it was before training: its adapter "reference" where it has one, else with no adapter."""
     if REFERENCE not in model.peft_config:
-        with _flags(model), model.disable_adapter():
+        with kept_flags(model), model.disable_adapter():
             yield
         return
-    with _flags(model):
+    with kept_flags(model):
         _activate(model, REFERENCE)
+        try:
+            yield
+        finally:
+            _activate(model, POLICY)
+
+
+@contextmanager
+def critic_adapter(model: Any) -> Iterator[None]:
+    """`model` with its adapter "critic" in place of the policy's; what the policy trains in full is as in the base model.
+
+    A backward of what is computed inside belongs inside, too: gradient checkpointing computes it again.
+    """
+    with kept_flags(model):
+        _activate(model, CRITIC)
         try:
             yield
         finally:
@@ -84,12 +98,14 @@ def _activate(model: Any, name: str) -> None:
     from peft.utils import ModulesToSaveWrapper
 
     for module in model.modules():
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter(name if name in module.modules_to_save else [])
+        elif isinstance(module, BaseTunerLayer):
             module.set_adapter(name)
 
 
 @contextmanager
-def _flags(model: nn.Module) -> Iterator[None]:
+def kept_flags(model: nn.Module) -> Iterator[None]:
     """PEFT changes which parameters require a gradient as it switches adapters; this puts them back."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastalign.errors import ModelError
 from fastalign.models.adapters import POLICY, has_adapter
+from fastalign.models.critic import without_critic
 from fastalign.models.quantization import is_quantized
 from fastalign.models.trunk import causal_lm, text_config
 
@@ -20,10 +21,17 @@ def save_final(model: Any, tokenizer: Any, path: str | Path, *, merged: bool = F
     """Write `model` and `tokenizer` (None: no tokenizer) to the folder `path`, weights in safetensors.
 
     A PeftModel becomes a PEFT adapter; with `merged`, the adapter is added to the weights of the model in place, and the
-    whole model is written. Raises ModelError for `merged` where the weights are
-    quantized. The config does not name fastalign's attention: what is written needs no fastalign.
+    whole model is written. Raises ModelError for `merged` where the weights are quantized. The config does not name fastalign's
+    attention: what is written needs no fastalign. A critic is left out.
     """
     path = Path(path)
+    with without_critic(model):
+        _save_model(model, path, merged)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def _save_model(model: Any, path: Path, merged: bool) -> None:
     causal = causal_lm(model)
     _repair_generation_config(causal)
     if has_adapter(model) and not merged:
@@ -39,8 +47,6 @@ def save_final(model: Any, tokenizer: Any, path: str | Path, *, merged: bool = F
             _untie(causal)
         whole = model.merge_and_unload(adapter_names=[POLICY]) if has_adapter(model) else causal
         whole.save_pretrained(path)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
 
 
 def _untie(causal: Any) -> None:

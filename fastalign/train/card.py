@@ -23,6 +23,7 @@ _SHOWN = (
     "loss", "divergence", "kl", "nll", "nll_loss", "mean_token_accuracy", "accuracy", "margin", "mean_reward",
     "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "num_tokens",
     "reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/mean_length", "completions/clipped_ratio",
+    "objective/kl", "objective/rlhf_reward", "val/explained_variance",
 )  # fmt: skip
 
 
@@ -60,6 +61,14 @@ _ONLINE = _Method(
 _METHODS = {
     "grpo": _ONLINE,
     "rloo": _ONLINE,
+    "ppo": _Method(
+        "reinforcement-learning",
+        "prompts",
+        "prompts",
+        "reward is the mean of the weighted sum of the reward functions over the model's own answers, objective/kl the divergence of an "
+        "answer from the initial model in nats, objective/rlhf_reward the reward less what beta takes for it; val/explained_variance is "
+        "the share of the variance of the returns that the critic foresaw.",
+    ),
     "orpo": _LIKELIHOOD,
     "cpo": _LIKELIHOOD,
     "simpo": _LIKELIHOOD,
@@ -137,6 +146,13 @@ _PAPERS = {
   booktitle = {Annual Meeting of the Association for Computational Linguistics},
   year = {2024},
   url = {https://arxiv.org/abs/2402.14740}
+}"""),
+    "ppo": ("https://arxiv.org/abs/1707.06347", """@article{schulman2017proximal,
+  title = {Proximal Policy Optimization Algorithms},
+  author = {Schulman, John and Wolski, Filip and Dhariwal, Prafulla and Radford, Alec and Klimov, Oleg},
+  journal = {arXiv:1707.06347},
+  year = {2017},
+  url = {https://arxiv.org/abs/1707.06347}
 }"""),
     "reward": ("https://arxiv.org/abs/2009.01325", """@inproceedings{stiennon2020learning,
   title = {Learning to Summarize from Human Feedback},

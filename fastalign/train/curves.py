@@ -36,6 +36,14 @@ CURVES = (
     ),
     Curve("reward", "Reward", "reward", (("reward", "reward", BLUE),), "Of the answers, all reward functions together; their mean."),
     Curve(
+        "critic", "What the critic foresaw", "share of variance", (("val/explained_variance", "explained", BLUE),),
+        "Of the returns of the answers' tokens. 1: all of it; 0 and less: no more than their mean.", (-1.02, 1.02), 0.0,
+    ),
+    Curve(
+        "objective_kl", "Divergence from the reference", "nats per answer", (("objective/kl", "KL", BLUE),),
+        "Of the policy that answered, summed over the tokens of an answer.", level=0.0,
+    ),
+    Curve(
         "completions", "Length of answers", "tokens", (("completions/mean_length", "mean", BLUE),), "Those that were cut off included.",
     ),
     Curve(
@@ -67,7 +75,10 @@ CURVES = (
         "token_accuracy", "Token accuracy", "share of tokens", (("mean_token_accuracy", "accuracy", BLUE),),
         "How often the scored token is the model's first choice.", (-0.02, 1.02),
     ),
-    Curve("entropy", "Entropy", "nats per token", (("entropy", "entropy", BLUE),), "Of the policy's next token. A collapse to 0 is bad."),
+    Curve(
+        "entropy", "Entropy", "nats per token", (("entropy", "entropy", BLUE), ("policy/entropy_avg", "entropy", BLUE)),
+        "Of the policy's next token. A collapse to 0 is bad.",
+    ),
     Curve("grad_norm", "Gradient norm", "L2", (("grad_norm", "gradient norm", BLUE),), "Spikes: odd data, or too high a rate."),
     Curve("learning_rate", "Learning rate", "per step", (("learning_rate", "learning rate", BLUE),), "The schedule as it ran."),
     Curve(

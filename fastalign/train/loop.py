@@ -18,6 +18,7 @@ import torch
 from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
 from fastalign.errors import NumericsError
 from fastalign.models.adapters import POLICY, has_adapter
+from fastalign.models.critic import save_critic
 from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.heads import lm_head_weight
 from fastalign.models.save import save_final
@@ -255,6 +256,7 @@ class _Run:
         temporary = folder.path / f"{TEMPORARY}final"
         with writing(folder.final):
             save_final(self.model, self.tokenizer, temporary)
+            save_critic(self.model, folder.path)
             publish(temporary, folder.final)
         write_report(folder.path)
         write_card(folder.path, self.config)

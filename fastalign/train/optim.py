@@ -41,6 +41,7 @@ class Optimizer:
     the update happens on the copy, and the weight is the rounded copy. Such a weight carries the float32 buffer as
     `weight.main_grad`, which the head and the embedding add their gradients to; where these are float32 they keep their `.grad`
     allocated for the same purpose.
+    The rate of a weight that has a `rate_factor` (PPO's critic) is that many times the schedule's.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class Optimizer:
         if embedding is not None and accumulate_in_place(embedding):
             in_place.append(embedding.get_parameter("weight"))
         self.kept_grads = [p for n, p in self.named.items() if any(p is weight for weight in in_place) and n not in self.masters]
-        decayed = [p for n, p in self.updated.items() if not _NO_DECAY.search(n.lower())]
-        others = [p for n, p in self.updated.items() if _NO_DECAY.search(n.lower())]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by decay and factor of the rate
+        for name, p in self.updated.items():
+            decay = 0.0 if _NO_DECAY.search(name.lower()) else config.weight_decay
+            groups.setdefault((decay, getattr(self.named[name], "rate_factor", 1.0)), []).append(p)
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": params, "weight_decay": decay, "factor": factor} for (decay, factor), params in groups.items()],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -100,7 +102,7 @@ class Optimizer:
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(list(self.updated.values()), self.max_grad_norm, grad_norm)
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.adamw.step()
         if self.masters:
             with torch.no_grad():
