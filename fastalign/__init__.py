@@ -34,6 +34,8 @@ _HOMES = {
     "SimPOConfig": "fastalign.objectives.cpo",
     "GRPOConfig": "fastalign.objectives.grpo",
     "RLOOConfig": "fastalign.objectives.rloo",
+    "OnlineDPOConfig": "fastalign.objectives.online_dpo",
+    "GKDConfig": "fastalign.objectives.gkd",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -54,8 +56,10 @@ if TYPE_CHECKING:
     from fastalign.objectives.cpo import SimPOConfig as SimPOConfig
     from fastalign.objectives.distill import DistillConfig as DistillConfig
     from fastalign.objectives.dpo import DPOConfig as DPOConfig
+    from fastalign.objectives.gkd import GKDConfig as GKDConfig
     from fastalign.objectives.grpo import GRPOConfig as GRPOConfig
     from fastalign.objectives.kto import KTOConfig as KTOConfig
+    from fastalign.objectives.online_dpo import OnlineDPOConfig as OnlineDPOConfig
     from fastalign.objectives.orpo import ORPOConfig as ORPOConfig
     from fastalign.objectives.reward import RewardConfig as RewardConfig
     from fastalign.objectives.rloo import RLOOConfig as RLOOConfig
