@@ -216,11 +216,13 @@ class OnlineDPO:
         return self._of_rollouts(self.rollout.roll(prompts, (self.config.seed, 0)))
 
     def shown(self, step: int) -> list[dict[str, Any]]:
-        """The pairs of the step's first two prompts that have one, at the first step and every `completions_every`."""
-        every = self.config.completions_every
+        """The pairs of the step's first two prompts, or two answers where there is none, at the first step and every `completions_every`."""
+        every, size = self.config.completions_every, self.config.num_generations
         if self.rollouts is None or not every or (step > 1 and step % every):
             return []
-        return self.rollout.shown(self.rollouts, [answer for pair in self._pairs(self.rollouts, self.groups)[:2] for answer in pair])
+        pairs = {chosen // size: (chosen, rejected) for chosen, rejected in self._pairs(self.rollouts, self.groups)}
+        found = [pairs.get(g, (g * size, g * size + 1)) for g in self.groups[:2]]
+        return self.rollout.shown(self.rollouts, [answer for pair in found for answer in pair])
 
     def after_step(self, step: int) -> None:
         """A generation that has been trained on is not needed again."""
