@@ -35,6 +35,8 @@ _HOMES = {
     "GRPOConfig": "fastalign.objectives.grpo",
     "RLOOConfig": "fastalign.objectives.rloo",
     "PPOConfig": "fastalign.objectives.ppo",
+    "OnlineDPOConfig": "fastalign.objectives.online_dpo",
+    "GKDConfig": "fastalign.objectives.gkd",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -55,8 +57,10 @@ if TYPE_CHECKING:
     from fastalign.objectives.cpo import SimPOConfig as SimPOConfig
     from fastalign.objectives.distill import DistillConfig as DistillConfig
     from fastalign.objectives.dpo import DPOConfig as DPOConfig
+    from fastalign.objectives.gkd import GKDConfig as GKDConfig
     from fastalign.objectives.grpo import GRPOConfig as GRPOConfig
     from fastalign.objectives.kto import KTOConfig as KTOConfig
+    from fastalign.objectives.online_dpo import OnlineDPOConfig as OnlineDPOConfig
     from fastalign.objectives.orpo import ORPOConfig as ORPOConfig
     from fastalign.objectives.ppo import PPOConfig as PPOConfig
     from fastalign.objectives.reward import RewardConfig as RewardConfig

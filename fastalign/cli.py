@@ -27,6 +27,8 @@ ALGORITHMS = {
     "grpo": ("fastalign.objectives.grpo", "GRPOConfig"),
     "rloo": ("fastalign.objectives.rloo", "RLOOConfig"),
     "ppo": ("fastalign.objectives.ppo", "PPOConfig"),
+    "online_dpo": ("fastalign.objectives.online_dpo", "OnlineDPOConfig"),
+    "gkd": ("fastalign.objectives.gkd", "GKDConfig"),
 }
 
 HELP = """\
@@ -42,6 +44,8 @@ Trains language models on texts, preferences and rewards. Every command explains
   distill      learn a teacher's distributions on texts: --model.path DIR --teacher.path DIR --data.path FILE --output RUN
   grpo, rloo   train on the model's own answers to prompts, by reward functions: --model.path DIR --data.path FILE --rewards NAMES ...
   ppo          the same with a critic, which judges every token of an answer: --model.path DIR --data.path FILE --rewards NAMES ...
+  online_dpo   prefer the better of the model's own answers, by reward functions or a judge: ... --rewards NAMES or --judge.function NAME
+  gkd          learn a teacher's distributions on the model's own answers: --model.path DIR --teacher.path DIR --data.path FILE ...
   eval         accuracy and margins on held-out pairs, perplexity of texts, calibration of rewards: --model.path RUN --data.path FILE
   label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint
   report RUN   write RUN/report.html and its curves again
@@ -239,7 +243,7 @@ def _data_convert(argv: list[str]) -> int:
 class DemoConfig:
     """Builds a small model and tokenizer from nothing, trains it on generated data, and shows before and after."""
 
-    objective: str = "dpo"  # what to show: sft, reward, dpo, orpo, cpo, simpo, kto, distill, grpo, rloo or ppo
+    objective: str = "dpo"  # what to show: sft, reward, dpo, orpo, cpo, simpo, kto, distill, gkd, grpo, rloo, ppo or online_dpo
     output: str = "demo"  # folder for the model, the data and the run
 
 

@@ -113,9 +113,24 @@ RECIPES = {
     "distill": Recipe(
         "Distillation: a helpful teacher, on answers of either manner", "DistillConfig", "answers", _either, {"learning_rate": 3e-4}
     ),
+    "gkd": Recipe(
+        "On-policy distillation: a helpful teacher, on the model's own answers",
+        "GKDConfig",
+        "prompts",
+        _as_given,
+        {"learning_rate": 3e-4, "lmbda": 1.0, "divergence": "reverse_kl", "max_completion_length": 64},
+    ),
     "grpo": Recipe("GRPO: digits in ascending order, by reward alone", "GRPOConfig", "prompts", _as_given, _SORTING, DIGITS),
     "rloo": Recipe("RLOO: digits in ascending order, by reward alone", "RLOOConfig", "prompts", _as_given, _SORTING, DIGITS),
     "ppo": Recipe("PPO: digits in ascending order, by reward and a critic", "PPOConfig", "prompts", _as_given, _CRITICISED, DIGITS),
+    "online_dpo": Recipe(
+        "Online DPO: digits in ascending order, by ranking its own answers",
+        "OnlineDPOConfig",
+        "prompts",
+        _as_given,
+        _SORTING,
+        DIGITS,
+    ),
 }
 
 MEASURES = {  # of a verdict: label and form
@@ -172,7 +187,7 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
     elif world is DIGITS:
         judge = judge_success
     else:
-        judge = partial(judge_answers, teacher=_teach(folder, pairs, size, console) if objective == "distill" else None)
+        judge = partial(judge_answers, teacher=_teach(folder, pairs, size, console) if objective in ("distill", "gkd") else None)
     with one_thread():
         before, shown_before = judge(model, tokenizer, asked, size)
 
@@ -231,7 +246,7 @@ def align(folder: Path, recipe: Recipe, size: Size) -> tuple[Path, str]:
         output=str(folder / "run"), batch_size=BATCH_SIZE, epochs=size.epochs, **recipe.options
     )
     config.model.path, config.data.path, config.data.eval_path = (str(folder / name) for name in ("model", "train.jsonl", "heldout.jsonl"))
-    if recipe.config == "DistillConfig":
+    if recipe.config in ("DistillConfig", "GKDConfig"):
         config.teacher.path = str(folder / "teacher" / "final")
     train(config)
     program = "fastalign" if shutil.which("fastalign") else f"{shlex.quote(sys.executable)} -m fastalign"

@@ -17,7 +17,7 @@ from fastalign import demo, demo_data, demo_model, demo_task
 from fastalign.cli import ALGORITHMS, main
 from fastalign.errors import ConfigError, OutputError
 
-ONLINE = ("grpo", "rloo", "ppo")
+ONLINE = ("grpo", "rloo", "ppo", "online_dpo")
 TINY = demo.Size(hidden=32, layers=1, pretrain_steps=3, pretrain_batch=4, pairs=32, heldout=16, samples=4)
 NOISE = ("perf/", "mem/")
 
@@ -157,7 +157,12 @@ def test_every_objective_has_a_demo_that_trains_and_tells(objective, tmp_path, m
     console = Console(file=io.StringIO(), width=140)
     summary = demo.run(objective, tmp_path / "out", size=TINY, console=console)
     before, after = summary["before"], summary["after"]
-    measure, sign = {"sft": ("perplexity", -1), "distill": ("divergence", -1), "reward": ("score_margin", 1)}.get(objective, ("margin", 1))
+    measure, sign = {
+        "sft": ("perplexity", -1),
+        "distill": ("divergence", -1),
+        "gkd": ("divergence", -1),
+        "reward": ("score_margin", 1),
+    }.get(objective, ("margin", 1))
     start = 0.0 if objective == "reward" else before[measure]  # there before is of log-probs
     assert sign * after[measure] > sign * start
     assert demo.MEASURES[measure][0] in console.file.getvalue()
@@ -219,9 +224,9 @@ def test_the_lift(objective, tmp_path):
     assert after["accuracy"] >= 0.9
     assert after["helpful"] >= 0.75
     assert after["on_topic"] >= 0.55
-    if objective in ("sft", "distill"):
+    if objective in ("sft", "distill", "gkd"):
         assert after["perplexity"] < 0.96 * before["perplexity"]
-    if objective == "distill":
+    if objective in ("distill", "gkd"):
         assert after["divergence"] < 0.1 * before["divergence"]
 
 

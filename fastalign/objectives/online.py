@@ -78,11 +78,18 @@ class OnlineConfig(RunConfig):
             self._require(option, getattr(self, option) >= 0, "0 or more")
         self._require("temperature", 0 < self.temperature < math.inf, "positive and finite")
         self._require("beta", 0 <= self.beta < math.inf, "0 or more and finite")
-        self._require("rewards", bool(self.rewards), "at least one reward function, such as numeric_match or my_rewards.py:good")
+        self._require(
+            "rewards", bool(self.rewards) or self.judged, "at least one reward function, such as numeric_match or my_rewards.py:good"
+        )
         self._require("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "positive, or null")
         self._require_choice("reference", ("auto", "adapter", "copy"))
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
+
+    @property
+    def judged(self) -> bool:
+        """Whether something else than reward functions ranks the answers."""
+        return False
 
     @property
     def steps_per_draw(self) -> int:

@@ -69,6 +69,13 @@ _METHODS = {
         "answer from the initial model in nats, objective/rlhf_reward the reward less what beta takes for it; val/explained_variance is "
         "the share of the variance of the returns that the critic foresaw.",
     ),
+    "online_dpo": _Method(
+        "preference-optimization",
+        "prompts",
+        "prompts",
+        "Rewards are implicit: beta times the log-ratio to the reference model, in nats; accuracy is the share of pairs whose chosen "
+        "answer has the higher one. reward is what the reward functions or the judge gave the model's own answers.",
+    ),
     "orpo": _LIKELIHOOD,
     "cpo": _LIKELIHOOD,
     "simpo": _LIKELIHOOD,
@@ -81,6 +88,12 @@ _METHODS = {
     ),
     "sft": _Method("sft", "examples", "samples", "Losses are nats per token; exp(nll) is the perplexity."),
     "distill": _Method("distillation", "examples", "samples", "divergence is that from the teacher, in nats per token."),
+    "gkd": _Method(
+        "distillation",
+        "prompts",
+        "samples",
+        "divergence is that from the teacher, in nats per token, on the completions of the data or the model's own answers (on_policy).",
+    ),
     "reward": _Method(
         "reward-model",
         "preferences",
@@ -126,13 +139,13 @@ _PAPERS = {
   year = {2024},
   url = {https://arxiv.org/abs/2405.14734}
 }"""),
-    "distill": ("https://arxiv.org/abs/2306.13649", """@inproceedings{agarwal2024policy,
+    **dict.fromkeys(("distill", "gkd"), ("https://arxiv.org/abs/2306.13649", """@inproceedings{agarwal2024policy,
   title = {On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes},
   author = {Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela and others},
   booktitle = {International Conference on Learning Representations},
   year = {2024},
   url = {https://arxiv.org/abs/2306.13649}
-}"""),
+}""")),
     "grpo": ("https://arxiv.org/abs/2402.03300", """@article{shao2024deepseekmath,
   title = {{DeepSeekMath}: Pushing the Limits of Mathematical Reasoning in Open Language Models},
   author = {Shao, Zhihong and Wang, Peiyi and Zhu, Qihao and Xu, Runxin and Song, Junxiao and others},
@@ -153,6 +166,13 @@ _PAPERS = {
   journal = {arXiv:1707.06347},
   year = {2017},
   url = {https://arxiv.org/abs/1707.06347}
+}"""),
+    "online_dpo": ("https://arxiv.org/abs/2402.04792", """@article{guo2024direct,
+  title = {Direct Language Model Alignment from Online {AI} Feedback},
+  author = {Guo, Shangmin and Zhang, Biao and Liu, Tianlin and Liu, Tianqi and Khalman, Misha and Llinares, Felipe and others},
+  journal = {arXiv:2402.04792},
+  year = {2024},
+  url = {https://arxiv.org/abs/2402.04792}
 }"""),
     "reward": ("https://arxiv.org/abs/2009.01325", """@inproceedings{stiennon2020learning,
   title = {Learning to Summarize from Human Feedback},
@@ -257,6 +277,9 @@ def _usage(algorithm: str, adapter: bool) -> str:
 def _rewards(config: Any) -> str:
     """What an online run was rewarded for."""
     names = getattr(config, "rewards", [])
+    judge = getattr(config, "judge", None)
+    if judge is not None and judge.is_named:
+        return f"## Rewards\n\n- a judge, `{_public(judge.function or judge.model)}`\n"
     weights = getattr(config, "reward_weights", None) or [1.0] * len(names)
     lines = [f"- `{_public(name)}`{'' if weight == 1 else f', weight {weight:g}'}" for name, weight in zip(names, weights)]
     return "## Rewards\n\n" + "\n".join(lines) + "\n" if lines else ""

@@ -157,15 +157,17 @@ def _answers(path: Path) -> str:
         return ""
     chosen = rows if len(rows) <= SHOWN_SAMPLES else rows[:SHOWN_FIRST] + rows[SHOWN_FIRST - SHOWN_SAMPLES :]
     rewards = list(dict.fromkeys(name for row in chosen for name in row["rewards"]))
+    extra = [name for name in ("advantage", "by") if name in chosen[0]]
     cells = [
         [text_of(row[name]) for name in ("step", "prompt", "completion")]
         + [text_of(row["rewards"].get(name)) for name in rewards]
-        + [text_of(row["advantage"]), f"{row['tokens']:,}{'' if row['finished'] else ' (cut off)'}"]
+        + [text_of(row[name]) for name in extra]
+        + [f"{row['tokens']:,}{'' if row['finished'] else ' (cut off)'}"]
         for row in chosen
     ]
     more = len(rows) - len(chosen)
     note = f"<p class=note>and {more:,} between them in {COMPLETIONS}</p>" if more else ""
-    return section("Answers", table(["step", "prompt", "answer", *rewards, "advantage", "tokens"], cells, wide=True) + note)
+    return section("Answers", table(["step", "prompt", "answer", *rewards, *extra, "tokens"], cells, wide=True) + note)
 
 
 def _counts(path: Path) -> list[tuple[str, str]]:
