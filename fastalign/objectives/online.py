@@ -25,7 +25,8 @@ from fastalign.models.heads import head_spec
 from fastalign.models.reference import AdapterReference, CopyReference, token_logps
 from fastalign.objectives.base import RunConfig
 from fastalign.packing import collate, pack
-from fastalign.rollout.generate import Completion, generate
+from fastalign.rollout.engine import Engine, Sampling, TransformersEngine
+from fastalign.rollout.generate import Completion
 from fastalign.rollout.judges import as_text
 from fastalign.rollout.reward_model import RewardModel
 from fastalign.rollout.rewards import Reward, load_rewards, score
@@ -53,6 +54,12 @@ class OnlineConfig(RunConfig):
     """Longest answer, in tokens."""
     temperature: float = 1.0
     """Of sampling; log-probs are those of the tempered distribution."""
+    top_k: int = 0
+    """Only the so many most probable tokens are drawn; 0: all."""
+    top_p: float = 1.0
+    """Only the fewest most probable tokens that together have this probability are drawn."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the probability of the most probable one are drawn."""
     steps_per_generation: int = 1
     """Optimizer steps whose prompts are answered together."""
     num_iterations: int = 1
@@ -77,12 +84,20 @@ class OnlineConfig(RunConfig):
         for option in ("refill", "completions_every"):
             self._require(option, getattr(self, option) >= 0, "0 or more")
         self._require("temperature", 0 < self.temperature < math.inf, "positive and finite")
+        self._require("top_k", self.top_k >= 0, "0 or more")
+        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        self._require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
         self._require("beta", 0 <= self.beta < math.inf, "0 or more and finite")
         self._require("rewards", bool(self.rewards), "at least one reward function, such as numeric_match or my_rewards.py:good")
         self._require("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "positive, or null")
         self._require_choice("reference", ("auto", "adapter", "copy"))
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
+
+    def sampling(self, eos_token_id: int) -> Sampling:
+        """How answers are drawn."""
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        return Sampling(self.max_completion_length, eos_token_id, **options)  # type: ignore[arg-type]
 
     @property
     def steps_per_draw(self) -> int:
@@ -141,6 +156,8 @@ class Rollout:
         self.config, self.model, self.data, self.needs_logps = config, model, data, needs_logps
         self.head = head_spec(model)
         self.rewards = reward_functions(config)
+        self.engine: Engine = TransformersEngine(model, max_tokens=config.generation_tokens)
+        self.sampling = config.sampling(data.tokenizer.eos_token_id)
         self.prompt_of = {sample.index: sample for sample in (*data.samples, *data.eval_samples)}
         self.reference: AdapterReference | CopyReference | None = None
         if config.beta:
@@ -155,6 +172,7 @@ class Rollout:
         """
         size = self.config.num_generations
         asked = [prompt for prompt in prompts for _ in range(size)]
+        self.engine.sync()
         done = self._answers(asked, (*seed, 0))
         rewards, draws = self._rewards(asked, done), torch.ones(len(prompts), dtype=torch.int64)
         for attempt in range(1, refill + 1):
@@ -249,16 +267,7 @@ class Rollout:
         return str(self.data.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def _answers(self, asked: Sequence[Sample], seed: Sequence[int]) -> list[Completion]:
-        config = self.config
-        return generate(
-            self.model,
-            [prompt.prompt for prompt in asked],
-            max_new_tokens=config.max_completion_length,
-            eos_token_id=self.data.tokenizer.eos_token_id,
-            temperature=config.temperature,
-            seed=seed,
-            max_tokens=config.generation_tokens,
-        )
+        return self.engine.generate([prompt.prompt for prompt in asked], self.sampling, seed=seed)
 
     def _rewards(self, asked: Sequence[Sample], done: Sequence[Completion]) -> Tensor:
         """(B, F)"""

@@ -198,7 +198,7 @@ def test_answers_of_nothing_but_the_end_are_trained_on(place, monkeypatch):
     """Every answer is EOS at once: one token, an empty text, equal rewards; half of them are made to differ."""
     end = tiny_tokenizer().eos_token_id
     said = Completion((end,), (-1.0,), True)
-    monkeypatch.setattr("fastalign.objectives.online.generate", lambda model, prompts, **_: [said] * len(prompts))
+    monkeypatch.setattr("fastalign.rollout.engine.generate", lambda model, prompts, **_: [said] * len(prompts))
     objective, prompts = rolled(place, rewards=["repetition"], num_iterations=2)
     assert objective.rollout.shown(objective.rollouts, [0])[0]["completion"] == ""
     assert objective.rollout.metrics(objective.rollouts)["completions/mean_terminated_length"] == 1
@@ -300,6 +300,9 @@ def _result(row):
         ({"loss_options": {"tau": 1.0}}, "loss_options must be options of dapo"),
         ({"reference": "adapter"}, "reference must be copy or auto"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_k": -1}, "top_k must be 0 or more"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\]"),
         ({"reward_weights": [1.0, 2.0]}, "2 weights for 1 reward functions"),
         ({"max_tokens": 12}, "max_tokens 12 is less than the longest prompt"),
         ({"max_tokens": 9999, "max_completion_length": 512}, "window of 512 tokens is less than the longest prompt .* smaller --max_comp"),
