@@ -94,6 +94,11 @@ class OnlineConfig(RunConfig):
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
 
+    @property
+    def truncated_sampling(self) -> bool:
+        """Whether answers are not drawn from the distribution that training computes."""
+        return self.sampling(0).truncated
+
     def sampling(self, eos_token_id: int) -> Sampling:
         """How answers are drawn."""
         options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
@@ -138,6 +143,7 @@ class Rollouts:
     logps: Tensor  # (T,) float32, by the policy that answered
     ref_logps: Tensor  # (T,), or (0,) without a reference
     draws: Tensor  # (G,) int64, how often each prompt was answered; the last answers are kept
+    sampling_logps: Tensor = field(default_factory=lambda: torch.empty(0))  # (T,) float32, as the engine drew; (0,) where not needed
 
     @property
     def bounds(self) -> list[int]:
@@ -152,8 +158,9 @@ class Rollouts:
 class Rollout:
     """Makes rollouts: the part of an online objective that knows the tokenizer, the reward functions and the reference."""
 
-    def __init__(self, config: OnlineConfig, model: Any, data: Prompts, *, needs_logps: bool) -> None:
+    def __init__(self, config: OnlineConfig, model: Any, data: Prompts, *, needs_logps: bool, needs_sampling_logps: bool = False) -> None:
         self.config, self.model, self.data, self.needs_logps = config, model, data, needs_logps
+        self.needs_sampling_logps = needs_sampling_logps
         self.head = head_spec(model)
         self.rewards = reward_functions(config)
         self.engine: Engine = TransformersEngine(model, max_tokens=config.generation_tokens)
@@ -195,6 +202,8 @@ class Rollout:
             ref_logps=torch.empty(0),
             draws=draws,
         )
+        if self.needs_sampling_logps:
+            rollouts.sampling_logps = torch.tensor([logp for c in done for logp in c.logps])
         samples, temperature = self.samples(rollouts), self.config.temperature
         if self.needs_logps:
             how: dict[str, Any] = {"head": self.head, "budget": self.config.logits_budget, "temperature": temperature}

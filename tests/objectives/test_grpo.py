@@ -137,6 +137,41 @@ def test_the_cut_into_micro_batches_does_not_matter(place, options):
         assert all(same(a, b) for a, b in zip(grads, results[0][1]))
 
 
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_truncated_sampling_is_corrected_by_default_whatever_the_cut(place, num_iterations):
+    """The weight of a token is the probability that truncation left; with exact sampling nothing is stored, nor weighed."""
+    results = []
+    for max_tokens in (40, 500):
+        objective, prompts = rolled(place, num_iterations=num_iterations, top_p=0.8, top_k=60, max_tokens=max_tokens)
+        if num_iterations == 1:  # the policy is still the one that answered
+            objective.model.load_state_dict(load_model(objective.config.model).state_dict())
+        samples, rollouts = list(objective.samples(num_iterations - 1, prompts)), objective.rollouts
+        sums, counts = run_step(objective, micro_batches(samples, max_tokens), device=torch.device("cpu"))
+        metrics = objective.metrics({name: float(value) for name, value in sums.items()}, counts)
+        results.append((metrics, [w.grad.clone() for w in objective.model.parameters()]))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
+    assert all(same(a, b) for a, b in zip(results[1][1], results[0][1]))
+    with torch.no_grad():
+        trained = torch.cat([dense_logps(load_model(objective.config.model), sample, 1.0) for sample in samples])
+    left = (trained - rollouts.sampling_logps).exp()
+    assert 0.1 < float(left.min()) < float(left.max()) < 1.0001  # 0.8 of the 60 most probable
+    names = ("min", "mean", "max")
+    assert [metrics[f"sampling/importance_sampling_ratio/{name}"] for name in names] == pytest.approx(
+        [float(left.min()), float(left.mean()), float(left.max())], rel=1e-4
+    )
+    objective.model.zero_grad()
+    parts = []
+    for i, sample in enumerate(samples):
+        at = slice(*rollouts.bounds[i : i + 2])
+        logps = dense_logps(objective.model, sample, 1.0)
+        ratio, advantage = (logps - trained[at]).exp(), rollouts.advantages[i]
+        parts.append(-left[at] * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+    torch.cat(parts).mean().backward()
+    assert all(same(got, weight.grad) for got, weight in zip(results[1][1], objective.model.parameters()))
+    exact, _ = rolled(place, num_iterations=num_iterations)
+    assert exact.rollouts.sampling_logps.numel() == 0 and not exact.corrected
+
+
 def test_answers_without_an_advantage_are_left_out_and_change_nothing(place):
     objective, prompts = rolled(place, num_iterations=2)
     objective.rollouts.advantages[:4] = 0.0
@@ -260,7 +295,7 @@ def test_leave_one_out_and_the_penalty_in_the_reward(place):
 def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, lora):
     options = {"lora": LoraConfig(r=lora), "steps_per_generation": 2, "num_iterations": 2, "batch_size": 1, "beta": 0.01}
     options |= {"max_steps": 24, "save_every": 1, "keep_checkpoints": 99, "learning_rate": 2e-2, "num_generations": 8}
-    options |= {"completions_every": 3, "refill": 1, "seed": 0}
+    options |= {"completions_every": 3, "refill": 1, "seed": 0, "top_p": 0.95 if lora else 1.0}
     whole = train(config_of(place, output=str(tmp_path / "whole"), **options))
     rows = [json.loads(line) for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["reward"] for row in rows[-4:]) > 2 * sum(row["reward"] for row in rows[:4])
@@ -300,6 +335,10 @@ def _result(row):
         ({"loss_options": {"tau": 1.0}}, "loss_options must be options of dapo"),
         ({"reference": "adapter"}, "reference must be copy or auto"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"importance_sampling_clip_max": 2.0}, "importance_sampling_clip_max must be left at 3.0, which counts only with"),
+        ({"top_k": 5, "importance_sampling_clip_min": 3.0}, "importance_sampling_clip_min must be 0 or more and less than the maximum"),
+        ({"importance_sampling_correction": "token"}, "importance_sampling_correction must be one of auto, none, token_truncate"),
+        ({"loss_type": "vespo", "importance_sampling_correction": "sequence_mask"}, "one of tokens for vespo"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": -1}, "top_k must be 0 or more"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\]"),
