@@ -16,7 +16,7 @@ from fastalign.data.prompts import Prompts
 from fastalign.losses import fused_triton
 from fastalign.losses.aggregate import fixed_length, sequence_mean, token_mean
 from fastalign.losses.policy import KL_ESTIMATES, POLICY_LOSSES, PolicyOutput, cispo, options_of, policy_loss, ppo_clip
-from fastalign.losses.weights import importance_weights, off_policy_mask, sampling_drift
+from fastalign.losses.weights import importance_weights, off_policy_mask, sampling_drift, top_entropy_mask
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.online import OnlineConfig, Rollout, Rollouts
@@ -58,6 +58,8 @@ class GRPOConfig(OnlineConfig):
     """Upper bound of this weight; null: none."""
     importance_sampling_clip_min: float | None = None
     """Lower bound of it; null: none."""
+    top_entropy_quantile: float = 1.0
+    """The policy term is that of this share of the step's tokens, those whose distribution has the highest entropy; 1: of all."""
     entropy_coef: float = 0.0
     """Bonus for the entropy of the answers' tokens."""
     loss_options: dict[str, float] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class GRPOConfig(OnlineConfig):
         threshold = self.off_policy_mask_threshold
         self._require("off_policy_mask_threshold", threshold is None or threshold > 0, "positive, or null")
         self._require_use("off_policy_mask_threshold", self.steps_per_draw > 1, "steps_per_generation or num_iterations above 1")
+        self._require("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]")
         self._require_correction()
         self._require("entropy_coef", 0 <= self.entropy_coef < float("inf"), "0 or more and finite")
         token_loss = POLICY_LOSSES[self.loss_type].token_loss
@@ -145,6 +148,7 @@ class GRPO:
         self.outputs = ("logps", "entropy") if config.metrics == "full" or self.entropy_coef else ("logps",)
         self.rollouts: Rollouts | None = None
         self.generation = -1
+        self.high_entropy: Tensor | None = None  # (T,) bool, the tokens of this step that have a policy term; None: all
         self.answers: list[int] = []  # of this step, the places of all its answers in the rollouts
 
     @staticmethod
@@ -182,6 +186,23 @@ class GRPO:
         count = tokens if self.spec.aggregate is token_mean else len(counted if self.spec.aggregate is sequence_mean else self.answers)
         return {"count": max(1.0, float(count)), "tokens": max(1.0, tokens)}
 
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Which tokens have a policy term: a quantile is known only when the entropies of all of the step's answers are.
+
+        A mask rather than a bound is kept, so that a token at the bound is on one side of it, however `loss` is cut.
+        """
+        if self.config.top_entropy_quantile == 1:
+            return
+        assert self.rollouts is not None
+        everything, bounds = self.rollout.samples(self.rollouts), self.rollouts.bounds
+        counted = [i for i in self.answers if self._counts(self.rollouts, i)]
+        high = torch.zeros(bounds[-1], dtype=torch.bool)
+        if counted:
+            places = self.rollouts.of_tokens(torch.arange(bounds[-1]), counted)
+            entropy = self.rollout.entropies([everything[i] for i in counted])
+            high[places] = top_entropy_mask(entropy, quantile=self.config.top_entropy_quantile)
+        self.high_entropy = high
+
     def loss(self, batch: PackedBatch, denominators: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.rollouts is not None
         rollouts, config, device = self.rollouts, self.config, batch.live_target.device
@@ -192,6 +213,10 @@ class GRPO:
         if config.steps_per_draw == 1:
             old = None  # the policy is still the one that answered
         mask = self._mask(rollouts, batch)
+        high, bonus_tokens = None, denominators["tokens"]
+        if self.high_entropy is not None:
+            high = rollouts.of_tokens(self.high_entropy, batch.index).to(device)
+            bonus_tokens = max(1.0, float(self.high_entropy.sum()))
         sums: dict[str, Tensor] = {}
 
         def loss_of_slab(out: HeadOutput, rows: slice) -> Tensor:
@@ -204,6 +229,8 @@ class GRPO:
                 if drawn is not None:
                     since = drawn[rows]
                 keep = off_policy_mask(out.logps, since, per_token, cu_seqlens, counted, threshold=config.off_policy_mask_threshold)
+            if high is not None:
+                keep = high[rows] if keep is None else keep & high[rows]
             if drawn is not None:
                 weights = self._importance_weights(before, drawn[rows], cu_seqlens, counted, sums)
             fused = fused_triton.available(out.logps)
@@ -223,7 +250,8 @@ class GRPO:
                 kl=config.kl_estimator,
                 kl_correction=config.use_bias_correction_kl,
                 entropy=out.entropy if self.entropy_coef else None,
-                entropy_coef=self.entropy_coef / denominators["tokens"],
+                entropy_coef=self.entropy_coef / bonus_tokens,
+                entropy_mask=high[rows] if high is not None and self.entropy_coef else None,
                 length=config.max_completion_length if self.spec.aggregate is fixed_length else None,
                 **self.options,
             )

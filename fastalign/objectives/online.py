@@ -23,6 +23,7 @@ from fastalign.errors import ConfigError
 from fastalign.models.adapters import has_adapter
 from fastalign.models.heads import head_spec
 from fastalign.models.reference import AdapterReference, CopyReference, token_logps
+from fastalign.models.trunk import evaluation, trunk
 from fastalign.objectives.base import RunConfig
 from fastalign.packing import collate, pack
 from fastalign.rollout.engine import Engine, Sampling, TransformersEngine
@@ -248,6 +249,21 @@ class Rollout:
         parts = rollouts.tokens.split(rollouts.lengths.tolist())
         found = [self.prompt_of[index] for index in rollouts.prompts.tolist()]
         return [Sample(i, p.prompt, (tuple(part.tolist()),), p.weight) for i, (p, part) in enumerate(zip(found, parts))]
+
+    def entropies(self, samples: Sequence[Sample]) -> Tensor:
+        """(T,) float32 on the CPU, nats, of the distribution before each token of these answers, in their order; without gradient."""
+
+        def of(batch: PackedBatch) -> Tensor:
+            with evaluation(self.model):
+                hidden = trunk(self.model, batch).hidden.index_select(0, batch.live)
+            target = batch.live_target
+            options: dict[str, Any] = {"budget": self.config.logits_budget, "temperature": self.config.temperature}
+            entropy = self.head.logps(hidden, target, outputs=("logps", "entropy"), live_rows=target.shape[0], **options).entropy
+            assert entropy is not None
+            return entropy
+
+        with torch.no_grad():
+            return self._score(samples, of)
 
     def shown(self, rollouts: Rollouts, answers: Sequence[int]) -> list[dict[str, Any]]:
         """These answers as a reader wants them: text, length, rewards by name (None where a function had nothing to say)."""

@@ -123,7 +123,16 @@ def test_loss_and_gradient_by_the_book(place, loss_type, beta):
         assert same(got, weight.grad)
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "beta": 0.2}, {"loss_type": "vespo"}, {"mask_truncated_completions": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": "grpo", "beta": 0.2},
+        {"loss_type": "vespo"},
+        {"mask_truncated_completions": True},
+        {"top_entropy_quantile": 0.3, "entropy_coef": 0.1},
+    ],
+)
 def test_the_cut_into_micro_batches_does_not_matter(place, options):
     results = []
     for max_tokens in (40, 64, 500):
@@ -135,6 +144,30 @@ def test_the_cut_into_micro_batches_does_not_matter(place, options):
     for metrics, grads in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
         assert all(same(a, b) for a, b in zip(grads, results[0][1]))
+
+
+def test_the_quantile_of_entropy_is_that_of_all_answers_that_count(place):
+    """Those without an advantage, which are not computed with a gradient, and not those that are masked."""
+    objective, prompts = rolled(place, num_iterations=2, top_entropy_quantile=0.25, mask_truncated_completions=True, temperature=0.8)
+    rollouts = objective.rollouts
+    rollouts.finished[:] = torch.arange(8) < 6
+    rollouts.advantages[:3] = 0.0
+    samples = list(objective.samples(1, prompts))
+    assert [sample.index for sample in samples] == [3, 4, 5]
+    run_step(objective, micro_batches(samples, 64), device=torch.device("cpu"))
+    entropies = []
+    for sample in objective.rollout.samples(rollouts)[:6]:
+        ids = torch.tensor([(*sample.prompt, *sample.completions[0])])
+        with stock_attention(objective.model), torch.no_grad():
+            p = (objective.model(ids).logits[0, len(sample.prompt) - 1 : -1] / 0.8).softmax(-1)
+        entropies.append(-(p * p.log()).sum(-1))
+    entropy = torch.cat(entropies)
+    want = entropy >= entropy.quantile(0.75)
+    assert torch.equal(objective.high_entropy[: len(want)], want) and 0 < int(want.sum()) < len(want)
+    assert not objective.high_entropy[len(want) :].any()
+    rollouts.finished[:] = False
+    sums, _ = run_step(objective, micro_batches(list(objective.samples(1, prompts)), 500), device=torch.device("cpu"))
+    assert float(sums["loss"]) == 0 and not objective.high_entropy.any()
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
@@ -339,6 +372,7 @@ def _result(row):
         ({"top_k": 5, "importance_sampling_clip_min": 3.0}, "importance_sampling_clip_min must be 0 or more and less than the maximum"),
         ({"importance_sampling_correction": "token"}, "importance_sampling_correction must be one of auto, none, token_truncate"),
         ({"loss_type": "vespo", "importance_sampling_correction": "sequence_mask"}, "one of tokens for vespo"),
+        ({"top_entropy_quantile": 0.0}, r"top_entropy_quantile must be in \(0, 1\]"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": -1}, "top_k must be 0 or more"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\]"),

@@ -108,14 +108,22 @@ class Case:
             current_gradient_accumulation_steps=1,
             max_completion_length=LONGEST,
             _metrics={"train": defaultdict(list)},
-            _entropy_bonus_enabled=False,
+            _entropy_bonus_enabled=bool(options.get("entropy_coef")),
             use_vllm=correction is not None,
             vllm_importance_sampling_correction=correction is not None,
-            top_entropy_quantile=1.0,
             epsilon_low=CLIP_LOW,
+            get_high_entropy_mask=lambda *a: GRPOTrainer.get_high_entropy_mask(stub, *a),
+            use_adaptive_entropy=False,
             get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
             get_gamma_weights=GRPOTrainer.get_gamma_weights,
-            **{"beta": 0.0, "epsilon_high": CLIP_HIGH, "off_policy_mask_threshold": None, "importance_sampling_level": "token"} | options,
+            **{
+                "beta": 0.0,
+                "epsilon_high": CLIP_HIGH,
+                "off_policy_mask_threshold": None,
+                "importance_sampling_level": "token",
+                "top_entropy_quantile": 1.0,
+            }
+            | options,
         )
         scored = trainer._get_per_token_logps_and_entropies.__wrapped__
         stub._get_per_token_logps_and_entropies = lambda *a, **k: scored(stub, *a, **k)
@@ -222,6 +230,15 @@ def test_answers_far_off_the_policy_are_masked_as_in_trl(case):
     ours = case.ours(epsilon_high=CLIP_HIGH, **options)
     check(ours, case.trl(**options))
     assert relative_error(ours[0], case.ours(epsilon_high=CLIP_HIGH, loss_type="dapo", beta=0.1)[0]) > 0.01, "the mask has no effect"
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.2}, {"entropy_coef": 0.1}, {"off_policy_mask_threshold": 0.05}], ids=str)
+def test_the_tokens_of_highest_entropy_are_those_of_trl(case, options):
+    """TRL's answers are all in one micro-batch; ours are cut into several."""
+    options = {"loss_type": "dapo", "epsilon_high": CLIP_HIGH} | options
+    ours = case.ours(top_entropy_quantile=0.3, **options)
+    check(ours, case.trl(top_entropy_quantile=0.3, **options))
+    assert relative_error(ours[0], case.ours(**options)[0]) > 0.01, "the quantile has no effect"
 
 
 def test_a_step_of_rloo_is_trls(case):
