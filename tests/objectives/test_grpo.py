@@ -307,8 +307,9 @@ def test_a_bad_reward_is_named_and_its_run_can_go_on(place, tmp_path, value, mes
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_leave_one_out_and_the_penalty_in_the_reward(place):
-    objective, prompts = rolled(place, RLOO, RLOOConfig, beta=0.2, num_iterations=2)
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_leave_one_out_and_the_penalty_in_the_reward(place, top_p):
+    objective, prompts = rolled(place, RLOO, RLOOConfig, beta=0.2, num_iterations=2, top_p=top_p)
     rollouts = objective.rollouts
     kl = torch.stack([part.sum() for part in (rollouts.logps - rollouts.ref_logps).split(rollouts.lengths.tolist())])
     reward = (rollouts.rewards[:, 0] - 0.2 * kl).view(2, 4)
@@ -320,7 +321,8 @@ def test_leave_one_out_and_the_penalty_in_the_reward(place):
     for i, sample in enumerate(samples):
         at = slice(*rollouts.bounds[i : i + 2])
         ratio = (dense_logps(objective.model, sample, 1.0) - rollouts.logps[at]).sum().exp()
-        losses.append(-torch.minimum(ratio * rollouts.advantages[i], ratio.clamp(0.8, 1.2) * rollouts.advantages[i]))
+        weight = 1.0 if top_p == 1 else (rollouts.logps - rollouts.sampling_logps)[at].exp().mean()  # of the answer's tokens
+        losses.append(-weight * torch.minimum(ratio * rollouts.advantages[i], ratio.clamp(0.8, 1.2) * rollouts.advantages[i]))
     assert float(sums["loss"]) == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
