@@ -47,6 +47,42 @@ def importance_weights(
 
 
 @torch.no_grad()
+def sampling_drift(
+    old_logps: Tensor,  # (N,) by the trainer
+    sampling_logps: Tensor,  # (N,) by the engine that sampled; NaN where it has none: not counted
+    cu_seqlens: Tensor,  # (S+1,) int32
+    mask: Tensor | None = None,  # (N,) bool
+    *,
+    mode: str = "sequence_mask",  # of `importance_weights`: says whose ratio
+) -> dict[str, Tensor]:
+    """What `importance_weights` starts from, before anything is clamped or masked: scalars to sum, or to take the min_ and max_ of.
+
+    Absolute differences of tokens' log-probs, and the ratios pi_old / pi_sampler of tokens, or of sequences where `mode` is one of
+    sequences. Where nothing counts, the least ratio is infinite and all else 0.
+
+    >>> drift = sampling_drift(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]), torch.tensor([0, 2]), mode="token_mask")
+    >>> float(drift["sampling_difference"]), float(drift["max_sampling_difference"]), float(drift["min_sampling_ratio"])
+    (0.5, 0.5, 1.0)
+    """
+    known = ~sampling_logps.isnan() if mask is None else mask & ~sampling_logps.isnan()
+    difference = _counted(old_logps - sampling_logps, known)
+    size, counted = difference.abs(), known
+    if mode.startswith("sequence"):
+        difference, counted = segment_sum(difference, cu_seqlens), segment_sum(known.float(), cu_seqlens) > 0
+    ratio = bounded_exp(difference)
+    counted_ratio = ratio.masked_fill(~counted, 0.0)
+    return {
+        "sampling_tokens": known.sum(),
+        "sampling_difference": size.sum(),
+        "max_sampling_difference": size.max(),
+        "sampling_ratios": counted.sum(),
+        "sampling_ratio": counted_ratio.sum(),
+        "min_sampling_ratio": ratio.masked_fill(~counted, torch.inf).min(),
+        "max_sampling_ratio": counted_ratio.max(),
+    }
+
+
+@torch.no_grad()
 def off_policy_mask(
     logps: Tensor,  # (N,)
     sampling_logps: Tensor,  # (N,) by the policy that sampled; NaN where unknown

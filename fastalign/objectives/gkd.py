@@ -20,7 +20,7 @@ from fastalign.models.load import load_model
 from fastalign.models.trunk import evaluation
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.distill import Distill, DistillConfig
-from fastalign.packing import collate, pack
+from fastalign.packing import batches
 from fastalign.rollout.generate import Completion, generate
 from fastalign.types import Sample
 
@@ -184,9 +184,8 @@ class GKD(Distill):
         """Metrics of these samples, as if they were one step, without gradient or dropout."""
         denominators, totals = self.denominators(samples), dict[str, float]()
         with evaluation(self.model):
-            for members in pack([sample.num_tokens for sample in samples], self.config.max_tokens):
-                batch = collate([samples[i] for i in members]).to(self.head.weight.device)
-                for name, value in self.loss(batch, denominators)[1].items():
+            for _, batch in batches(samples, self.config.max_tokens, share=self.config.share_prompts):
+                for name, value in self.loss(batch.to(self.head.weight.device), denominators)[1].items():
                     totals[name] = totals.get(name, 0.0) + float(value)
         return super().metrics(totals, denominators)
 

@@ -16,12 +16,14 @@ from fastalign.data.prompts import Prompts
 from fastalign.losses import fused_triton
 from fastalign.losses.aggregate import fixed_length, sequence_mean, token_mean
 from fastalign.losses.policy import KL_ESTIMATES, POLICY_LOSSES, PolicyOutput, cispo, options_of, policy_loss, ppo_clip
-from fastalign.losses.weights import off_policy_mask
+from fastalign.losses.weights import importance_weights, off_policy_mask, sampling_drift, top_entropy_mask
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.online import OnlineConfig, Rollout, Rollouts
 from fastalign.segments import segment_expand, segments_in
 from fastalign.types import HeadOutput, PackedBatch, Sample
+
+CORRECTIONS = ("auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 @dataclass
@@ -49,6 +51,15 @@ class GRPOConfig(OnlineConfig):
     """Multiply it by the importance ratio, as TRL does."""
     off_policy_mask_threshold: float | None = None
     """Answers with a negative advantage that have become less likely by more than this many nats per token are not learned from."""
+    importance_sampling_correction: Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "auto"
+    """Weight of the policy term by the trainer's probability over that of the engine which drew, of a token or of its whole answer; out of
+    bounds it is clamped (truncate) or 0 (mask). auto: token_truncate with top_k, top_p or min_p, else none."""
+    importance_sampling_clip_max: float | None = 3.0
+    """Upper bound of this weight; null: none."""
+    importance_sampling_clip_min: float | None = None
+    """Lower bound of it; null: none."""
+    top_entropy_quantile: float = 1.0
+    """The policy term is that of this share of the step's tokens, those whose distribution has the highest entropy; 1: of all."""
     entropy_coef: float = 0.0
     """Bonus for the entropy of the answers' tokens."""
     loss_options: dict[str, float] = field(default_factory=dict)
@@ -68,6 +79,8 @@ class GRPOConfig(OnlineConfig):
         threshold = self.off_policy_mask_threshold
         self._require("off_policy_mask_threshold", threshold is None or threshold > 0, "positive, or null")
         self._require_use("off_policy_mask_threshold", self.steps_per_draw > 1, "steps_per_generation or num_iterations above 1")
+        self._require("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]")
+        self._require_correction()
         self._require("entropy_coef", 0 <= self.entropy_coef < float("inf"), "0 or more and finite")
         token_loss = POLICY_LOSSES[self.loss_type].token_loss
         for option in ("epsilon", "delta"):
@@ -79,6 +92,24 @@ class GRPOConfig(OnlineConfig):
             options_of(POLICY_LOSSES[self.loss_type].token_loss, loss_options(self))
         except TypeError as error:
             self._require("loss_options", False, f"options of {self.loss_type} ({error})")
+
+    def _require_correction(self) -> None:
+        self._require_choice("importance_sampling_correction", CORRECTIONS)
+        highest, lowest = self.importance_sampling_clip_max, self.importance_sampling_clip_min
+        self._require("importance_sampling_clip_max", highest is None or 0 < highest < float("inf"), "positive and finite, or null")
+        below = float("inf") if highest is None else highest
+        self._require("importance_sampling_clip_min", lowest is None or 0 <= lowest < below, "0 or more and less than the maximum, or null")
+        for option in ("importance_sampling_clip_max", "importance_sampling_clip_min"):
+            self._require_use(option, self.correction != "none", "an importance_sampling_correction, or top_k, top_p or min_p")
+        if self.loss_type == "vespo" and self.correction.startswith("sequence"):
+            self._require("importance_sampling_correction", False, "one of tokens for vespo, which multiplies them to its answer's weight")
+
+    @property
+    def correction(self) -> str:
+        """`importance_sampling_correction`, auto decided."""
+        if self.importance_sampling_correction != "auto":
+            return self.importance_sampling_correction
+        return "token_truncate" if self.truncated_sampling else "none"
 
     def objective(self, model: Any, data: Dataset, folder: Path) -> GRPO:
         assert isinstance(data, Prompts)
@@ -107,7 +138,9 @@ class GRPO:
 
     def __init__(self, config: GRPOConfig, model: Any, data: Prompts) -> None:
         self.config, self.model = config, model
-        self.rollout = Rollout(config, model, data, needs_logps=config.steps_per_draw > 1 or self.needs_logps(config))
+        self.corrected = config.correction != "none"
+        needs_logps = config.steps_per_draw > 1 or self.needs_logps(config)
+        self.rollout = Rollout(config, model, data, needs_logps=needs_logps, needs_sampling_logps=self.corrected)
         self.head = self.rollout.head
         self.spec = POLICY_LOSSES[config.loss_type]
         self.level = config.importance_sampling_level
@@ -115,6 +148,7 @@ class GRPO:
         self.outputs = ("logps", "entropy") if config.metrics == "full" or self.entropy_coef else ("logps",)
         self.rollouts: Rollouts | None = None
         self.generation = -1
+        self.high_entropy: Tensor | None = None  # (T,) bool, the tokens of this step that have a policy term; None: all
         self.answers: list[int] = []  # of this step, the places of all its answers in the rollouts
 
     @staticmethod
@@ -152,33 +186,63 @@ class GRPO:
         count = tokens if self.spec.aggregate is token_mean else len(counted if self.spec.aggregate is sequence_mean else self.answers)
         return {"count": max(1.0, float(count)), "tokens": max(1.0, tokens)}
 
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Which tokens have a policy term: a quantile is known only when the entropies of all of the step's answers are.
+
+        A mask rather than a bound is kept, so that a token at the bound is on one side of it, however `loss` is cut.
+        """
+        if self.config.top_entropy_quantile == 1:
+            return
+        assert self.rollouts is not None
+        everything, bounds = self.rollout.samples(self.rollouts), self.rollouts.bounds
+        counted = [i for i in self.answers if self._counts(self.rollouts, i)]
+        high = torch.zeros(bounds[-1], dtype=torch.bool)
+        if counted:
+            places = self.rollouts.of_tokens(torch.arange(bounds[-1]), counted)
+            entropy = self.rollout.entropies([everything[i] for i in counted])
+            high[places] = top_entropy_mask(entropy, quantile=self.config.top_entropy_quantile)
+        self.high_entropy = high
+
     def loss(self, batch: PackedBatch, denominators: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.rollouts is not None
         rollouts, config, device = self.rollouts, self.config, batch.live_target.device
         found = trunk(self.model, batch)
         advantages = rollouts.advantages[list(batch.index)].to(device)
-        old, ref = (rollouts.of_tokens(x, batch.index).to(device) if x.numel() else None for x in (rollouts.logps, rollouts.ref_logps))
+        stored = (rollouts.logps, rollouts.ref_logps, rollouts.sampling_logps)
+        old, ref, drawn = (rollouts.of_tokens(x, batch.index).to(device) if x.numel() else None for x in stored)
         if config.steps_per_draw == 1:
             old = None  # the policy is still the one that answered
         mask = self._mask(rollouts, batch)
+        high, bonus_tokens = None, denominators["tokens"]
+        if self.high_entropy is not None:
+            high = rollouts.of_tokens(self.high_entropy, batch.index).to(device)
+            bonus_tokens = max(1.0, float(self.high_entropy.sum()))
         sums: dict[str, Tensor] = {}
 
         def loss_of_slab(out: HeadOutput, rows: slice) -> Tensor:
             first, last = segments_in(batch.live_bounds, rows)
             cu_seqlens = batch.live_cu_seqlens[first : last + 1] - rows.start
-            counted, keep = None if mask is None else mask[rows], None
-            if config.off_policy_mask_threshold is not None and old is not None:
-                per_token = segment_expand(advantages[first:last], cu_seqlens, out.logps.shape[0])
-                keep = off_policy_mask(out.logps, old[rows], per_token, cu_seqlens, counted, threshold=config.off_policy_mask_threshold)
+            counted, keep, weights = None if mask is None else mask[rows], None, None
+            before = out.logps.detach() if old is None else old[rows]
+            if config.off_policy_mask_threshold is not None:
+                per_token, since = segment_expand(advantages[first:last], cu_seqlens, out.logps.shape[0]), before
+                if drawn is not None:
+                    since = drawn[rows]
+                keep = off_policy_mask(out.logps, since, per_token, cu_seqlens, counted, threshold=config.off_policy_mask_threshold)
+            if high is not None:
+                keep = high[rows] if keep is None else keep & high[rows]
+            if drawn is not None:
+                weights = self._importance_weights(before, drawn[rows], cu_seqlens, counted, sums)
             fused = fused_triton.available(out.logps)
             result: PolicyOutput = (fused_triton.policy_loss if fused else policy_loss)(
                 config.loss_type,
                 out.logps,
-                out.logps.detach() if old is None else old[rows],
+                before,
                 advantages[first:last, None],
                 cu_seqlens,
                 mask=counted,
                 keep=keep,
+                importance_weights=weights,
                 denominator=denominators["count"],
                 level=self.level,
                 ref_logps=ref[rows] if ref is not None and self.kl_coef else None,
@@ -186,7 +250,8 @@ class GRPO:
                 kl=config.kl_estimator,
                 kl_correction=config.use_bias_correction_kl,
                 entropy=out.entropy if self.entropy_coef else None,
-                entropy_coef=self.entropy_coef / denominators["tokens"],
+                entropy_coef=self.entropy_coef / bonus_tokens,
+                entropy_mask=high[rows] if high is not None and self.entropy_coef else None,
                 length=config.max_completion_length if self.spec.aggregate is fixed_length else None,
                 **self.options,
             )
@@ -214,6 +279,16 @@ class GRPO:
         sums["loss"] = loss.detach()
         return loss, sums
 
+    def _importance_weights(self, old: Tensor, drawn: Tensor, cu_seqlens: Tensor, mask: Tensor | None, sums: dict[str, Tensor]) -> Tensor:
+        """(L,) weights of a slab's tokens; what they come from is added to `sums`."""
+        config, mode = self.config, self.config.correction
+        for name, value in sampling_drift(old, drawn, cu_seqlens, mask, mode=mode).items():
+            if name in sums:
+                value = {"min": torch.minimum, "max": torch.maximum}.get(name[:3], torch.add)(sums[name], value)
+            sums[name] = value
+        bounds = {"clip_min": config.importance_sampling_clip_min, "clip_max": config.importance_sampling_clip_max}
+        return importance_weights(old, drawn, cu_seqlens, mask, mode=mode, **bounds)  # type: ignore[arg-type]
+
     def _mask(self, rollouts: Rollouts, batch: PackedBatch) -> Tensor | None:
         """(L,) bool, scored tokens of answers that count; None where all do."""
         counts = [self._counts(rollouts, i) for i in batch.index]
@@ -232,6 +307,14 @@ class GRPO:
             metrics["kl"] = sums["kl"] / tokens
         if "entropy" in sums:
             metrics["entropy"] = sums["entropy"] / tokens
+        if sums.get("sampling_tokens"):
+            metrics |= {
+                "sampling/sampling_logp_difference/mean": sums["sampling_difference"] / sums["sampling_tokens"],
+                "sampling/sampling_logp_difference/max": sums["max_sampling_difference"],
+                "sampling/importance_sampling_ratio/min": sums["min_sampling_ratio"],
+                "sampling/importance_sampling_ratio/mean": sums["sampling_ratio"] / sums["sampling_ratios"],
+                "sampling/importance_sampling_ratio/max": sums["max_sampling_ratio"],
+            }
         return metrics | ({"aux_loss": sums["aux_loss"]} if "aux_loss" in sums else {})
 
     def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:

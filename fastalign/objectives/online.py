@@ -23,9 +23,11 @@ from fastalign.errors import ConfigError
 from fastalign.models.adapters import has_adapter
 from fastalign.models.heads import head_spec
 from fastalign.models.reference import AdapterReference, CopyReference, token_logps
+from fastalign.models.trunk import evaluation, trunk
 from fastalign.objectives.base import RunConfig
-from fastalign.packing import collate, pack
-from fastalign.rollout.generate import Completion, generate
+from fastalign.packing import batches
+from fastalign.rollout.engine import Engine, Sampling, TransformersEngine
+from fastalign.rollout.generate import Completion
 from fastalign.rollout.judges import as_text
 from fastalign.rollout.reward_model import RewardModel
 from fastalign.rollout.rewards import Reward, load_rewards, score
@@ -53,6 +55,12 @@ class OnlineConfig(RunConfig):
     """Longest answer, in tokens."""
     temperature: float = 1.0
     """Of sampling; log-probs are those of the tempered distribution."""
+    top_k: int = 0
+    """Only the so many most probable tokens are drawn; 0: all."""
+    top_p: float = 1.0
+    """Only the fewest most probable tokens that together have this probability are drawn."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the probability of the most probable one are drawn."""
     steps_per_generation: int = 1
     """Optimizer steps whose prompts are answered together."""
     num_iterations: int = 1
@@ -77,6 +85,9 @@ class OnlineConfig(RunConfig):
         for option in ("refill", "completions_every"):
             self._require(option, getattr(self, option) >= 0, "0 or more")
         self._require("temperature", 0 < self.temperature < math.inf, "positive and finite")
+        self._require("top_k", self.top_k >= 0, "0 or more")
+        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        self._require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
         self._require("beta", 0 <= self.beta < math.inf, "0 or more and finite")
         self._require(
             "rewards", bool(self.rewards) or self.judged, "at least one reward function, such as numeric_match or my_rewards.py:good"
@@ -90,6 +101,16 @@ class OnlineConfig(RunConfig):
     def judged(self) -> bool:
         """Whether something else than reward functions ranks the answers."""
         return False
+
+    @property
+    def truncated_sampling(self) -> bool:
+        """Whether answers are not drawn from the distribution that training computes."""
+        return self.sampling(0).truncated
+
+    def sampling(self, eos_token_id: int) -> Sampling:
+        """How answers are drawn."""
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        return Sampling(self.max_completion_length, eos_token_id, **options)  # type: ignore[arg-type]
 
     @property
     def steps_per_draw(self) -> int:
@@ -130,6 +151,7 @@ class Rollouts:
     logps: Tensor  # (T,) float32, by the policy that answered
     ref_logps: Tensor  # (T,), or (0,) without a reference
     draws: Tensor  # (G,) int64, how often each prompt was answered; the last answers are kept
+    sampling_logps: Tensor = field(default_factory=lambda: torch.empty(0))  # (T,) float32, as the engine drew; (0,) where not needed
 
     @property
     def bounds(self) -> list[int]:
@@ -144,10 +166,13 @@ class Rollouts:
 class Rollout:
     """Makes rollouts: the part of an online objective that knows the tokenizer, the reward functions and the reference."""
 
-    def __init__(self, config: OnlineConfig, model: Any, data: Prompts, *, needs_logps: bool) -> None:
+    def __init__(self, config: OnlineConfig, model: Any, data: Prompts, *, needs_logps: bool, needs_sampling_logps: bool = False) -> None:
         self.config, self.model, self.data, self.needs_logps = config, model, data, needs_logps
+        self.needs_sampling_logps = needs_sampling_logps
         self.head = head_spec(model)
         self.rewards = reward_functions(config)
+        self.engine: Engine = TransformersEngine(model, max_tokens=config.generation_tokens)
+        self.sampling = config.sampling(data.tokenizer.eos_token_id)
         self.prompt_of = {sample.index: sample for sample in (*data.samples, *data.eval_samples)}
         self.reference: AdapterReference | CopyReference | None = None
         if config.beta:
@@ -162,6 +187,7 @@ class Rollout:
         """
         size = self.config.num_generations
         asked = [prompt for prompt in prompts for _ in range(size)]
+        self.engine.sync()
         done = self._answers(asked, (*seed, 0))
         rewards, draws = self._rewards(asked, done), torch.ones(len(prompts), dtype=torch.int64)
         for attempt in range(1, refill + 1):
@@ -184,6 +210,8 @@ class Rollout:
             ref_logps=torch.empty(0),
             draws=draws,
         )
+        if self.needs_sampling_logps:
+            rollouts.sampling_logps = torch.tensor([logp for c in done for logp in c.logps])
         samples, temperature = self.samples(rollouts), self.config.temperature
         if self.needs_logps:
             how: dict[str, Any] = {"head": self.head, "budget": self.config.logits_budget, "temperature": temperature}
@@ -229,6 +257,21 @@ class Rollout:
         found = [self.prompt_of[index] for index in rollouts.prompts.tolist()]
         return [Sample(i, p.prompt, (tuple(part.tolist()),), p.weight) for i, (p, part) in enumerate(zip(found, parts))]
 
+    def entropies(self, samples: Sequence[Sample]) -> Tensor:
+        """(T,) float32 on the CPU, nats, of the distribution before each token of these answers, in their order; without gradient."""
+
+        def of(batch: PackedBatch) -> Tensor:
+            with evaluation(self.model):
+                hidden = trunk(self.model, batch).hidden.index_select(0, batch.live)
+            target = batch.live_target
+            options: dict[str, Any] = {"budget": self.config.logits_budget, "temperature": self.config.temperature}
+            entropy = self.head.logps(hidden, target, outputs=("logps", "entropy"), live_rows=target.shape[0], **options).entropy
+            assert entropy is not None
+            return entropy
+
+        with torch.no_grad():
+            return self._score(samples, of)
+
     def shown(self, rollouts: Rollouts, answers: Sequence[int]) -> list[dict[str, Any]]:
         """These answers as a reader wants them: text, length, rewards by name (None where a function had nothing to say)."""
         parts, rows = rollouts.tokens.split(rollouts.lengths.tolist()), []
@@ -256,16 +299,7 @@ class Rollout:
         return str(self.data.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def _answers(self, asked: Sequence[Sample], seed: Sequence[int]) -> list[Completion]:
-        config = self.config
-        return generate(
-            self.model,
-            [prompt.prompt for prompt in asked],
-            max_new_tokens=config.max_completion_length,
-            eos_token_id=self.data.tokenizer.eos_token_id,
-            temperature=config.temperature,
-            seed=seed,
-            max_tokens=config.generation_tokens,
-        )
+        return self.engine.generate([prompt.prompt for prompt in asked], self.sampling, seed=seed)
 
     def _rewards(self, asked: Sequence[Sample], done: Sequence[Completion]) -> Tensor:
         """(B, F)"""
@@ -281,8 +315,7 @@ class Rollout:
         """(T,) in the order of `samples`."""
         device = next(self.model.parameters()).device
         parts: dict[int, Tensor] = {}
-        for members in pack([sample.num_tokens for sample in samples], self.config.max_tokens):
-            batch = collate([samples[i] for i in members])
+        for members, batch in batches(samples, self.config.max_tokens, share=self.config.share_prompts):
             found = logps(batch.to(device)).float().cpu()
             parts.update(zip(members, found.split([len(samples[i].completions[0]) for i in members])))
         return torch.cat([parts[i] for i in range(len(samples))])

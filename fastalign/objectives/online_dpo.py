@@ -17,6 +17,7 @@ from fastalign.errors import ConfigError, JudgeError
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.dpo import DPO, DPOConfig, loss_function
 from fastalign.objectives.online import ALIKE, OnlineConfig, Rollout, Rollouts
+from fastalign.packing import packed_tokens
 from fastalign.rollout.judges import EndpointJudge, Judge, Turns
 from fastalign.rollout.judging import JudgeConfig, build_judge
 from fastalign.rollout.rewards import Reward, Rewards
@@ -77,6 +78,7 @@ class OnlineDPOConfig(OnlineConfig):
             loss_type=self.loss_type,
             label_smoothing=self.label_smoothing,
             max_tokens=self.max_tokens,
+            share_prompts=self.share_prompts,
             metrics=self.metrics,
             logits_budget=self.logits_budget,
         )
@@ -86,7 +88,8 @@ class OnlineDPOConfig(OnlineConfig):
             build_judge(self.judge)  # a mistake in its name shows now
         data = super().load_data(tokenizer, vocab_size)
         longest = max((*data.samples, *data.eval_samples), key=lambda sample: len(sample.prompt))
-        if (needed := 2 * (len(longest.prompt) + self.max_completion_length)) > self.max_tokens:
+        pair = Sample(longest.index, longest.prompt, ((0,) * self.max_completion_length,) * 2)
+        if (needed := packed_tokens(pair, share=self.share_prompts)) > self.max_tokens:
             raise ConfigError(
                 f"max_tokens {self.max_tokens} is less than a pair of the longest answers ({self.max_completion_length}) to the longest "
                 f"prompt (row {longest.index}, {len(longest.prompt)} tokens); set --max_tokens {needed} or more"

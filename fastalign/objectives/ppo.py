@@ -76,6 +76,8 @@ class PPOConfig(OnlineConfig):
         self._require_use("kl_estimator", self.beta > 0, "a KL penalty (beta above 0)")
         self._require_use("missing_eos_penalty", not self.mask_truncated_completions, "truncated answers that are trained on")
         self._require_use("value_learning_rate", self.learning_rate > 0, "a learning_rate above 0")
+        for option in ("top_k", "top_p", "min_p"):
+            self._require_use(option, False, "grpo and rloo, which weigh what another distribution drew")
         self._require_use("refill", False, "grpo and rloo: a critic learns from answers that were all rewarded alike, too")
 
     def load_model(self, tokenizer: Any) -> Any:

@@ -5,6 +5,7 @@ The random numbers of a completion depend on the seed and on its own place among
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class Completion(NamedTuple):
     """What a model said after a prompt."""
 
     tokens: tuple[int, ...]  # with the end-of-sequence token, if it came
-    logps: tuple[float, ...]  # of each token under softmax(logits / temperature), in nats; temperature 0: under softmax(logits)
+    logps: tuple[float, ...]  # of each token, in nats, under the distribution it was drawn from; temperature 0: under softmax(logits)
     finished: bool  # by an end-of-sequence token, not by the limit
 
 
@@ -31,18 +32,24 @@ def generate(
     max_new_tokens: int,
     eos_token_id: int | Sequence[int],
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int | Sequence[int] = 0,
     max_tokens: int = 16384,
 ) -> list[Completion]:
     """One completion of each prompt, in the order of the prompts; a prompt that is there twice is sampled twice.
 
     temperature     0 takes the most probable token every time
+    top_k, top_p, min_p     leave out improbable tokens, see `truncate`
     max_tokens      of prompts and completions of one batch, padding included; bounds the cache
 
-    Raises ConfigError for a temperature below 0 and for an empty prompt.
+    Raises ConfigError for an option out of its range and for an empty prompt.
     """
     if temperature < 0:
         raise ConfigError(f"temperature must be 0 or more, got {temperature}")
+    if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise ConfigError(f"top_k must be 0 or more, top_p in (0, 1] and min_p in [0, 1], got {top_k}, {top_p} and {min_p}")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ConfigError(f"prompt {i} is empty: a model needs a first token, such as BOS, to go on from")
@@ -50,7 +57,8 @@ def generate(
     result: list[Completion | None] = [None] * len(prompts)
     with evaluation(model), stock_attention(model):
         for batch in _batches([len(p) for p in prompts], max_new_tokens, max_tokens):
-            sampler = _Sampler(_uniforms(seed, batch, max_new_tokens).to(next(model.parameters()).device), temperature)
+            uniforms = _uniforms(seed, batch, max_new_tokens).to(next(model.parameters()).device)
+            sampler = _Sampler(uniforms, temperature, {"top_k": top_k, "top_p": top_p, "min_p": min_p})
             tokens = _run(model, [prompts[i] for i in batch], sampler, max_new_tokens, eos)
             logps = sampler.logps.cpu()
             for row, i in enumerate(batch):
@@ -58,20 +66,47 @@ def generate(
     return [r for r in result if r is not None]
 
 
+def truncate(log_p: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """Log-probs (B, V) of the tokens that may be drawn, renormalised, -inf for the others; in this order, as in Transformers.
+
+    top_k    the so many most probable tokens and those as probable as the last of them; 0: all
+    top_p    the fewest most probable tokens that together have this probability (nucleus). Holtzman 2019, arXiv:1904.09751
+    min_p    tokens with at least this share of the probability of the most probable one. Nguyen 2024, arXiv:2407.01082
+
+    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.7).exp()
+    tensor([[0.6250, 0.3750, 0.0000]])
+    """
+    if 0 < top_k < log_p.shape[-1]:
+        log_p = _renormalised(log_p, log_p >= log_p.topk(top_k).values[:, -1:])
+    if top_p < 1:
+        ordered, order = log_p.sort(descending=True, stable=True)
+        p = ordered.double().exp()
+        log_p = _renormalised(log_p, torch.empty_like(log_p, dtype=torch.bool).scatter_(1, order, p.cumsum(-1) - p < top_p))
+    if min_p > 0:
+        log_p = _renormalised(log_p, log_p >= log_p.amax(-1, keepdim=True) + math.log(min_p))
+    return log_p
+
+
+def _renormalised(log_p: Tensor, kept: Tensor) -> Tensor:
+    return log_p.masked_fill(~kept, -torch.inf).log_softmax(-1)
+
+
 class _Sampler:
     """A logits processor that draws the next token by inverting the distribution function, and leaves no other possible."""
 
-    def __init__(self, uniforms: Tensor, temperature: float) -> None:
-        self.uniforms, self.temperature = uniforms, temperature  # (B, T)
+    def __init__(self, uniforms: Tensor, temperature: float, truncation: dict[str, Any]) -> None:
+        self.uniforms, self.temperature, self.truncation = uniforms, temperature, truncation  # (B, T)
         self.logps = torch.zeros_like(uniforms, dtype=torch.float32)
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         log_p = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)
         if self.temperature:
+            log_p = truncate(log_p, **self.truncation)
             below = log_p.double().exp().cumsum(-1)
-            u = self.uniforms[:, self.step, None] * below[:, -1:]
-            token = torch.searchsorted(below, u, right=True).clamp(max=log_p.shape[1] - 1)
+            total = below[:, -1:]
+            u = torch.minimum(self.uniforms[:, self.step, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+            token = torch.searchsorted(below, u, right=True)
         else:
             token = log_p.argmax(-1, keepdim=True)
         self.logps[:, self.step] = log_p.gather(1, token)[:, 0]

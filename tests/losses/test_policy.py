@@ -7,7 +7,7 @@ import torch
 
 from fastalign.losses.aggregate import count_sequences, count_tokens
 from fastalign.losses.policy import POLICY_LOSSES, cispo, gspo, policy_loss, ppo_clip, reinforce, sapo, sequence_log_ratio, vespo
-from fastalign.losses.weights import importance_weights, off_policy_mask, top_entropy_mask
+from fastalign.losses.weights import importance_weights, off_policy_mask, sampling_drift, top_entropy_mask
 from fastalign.segments import segment_expand
 
 LENGTHS = (4, 0, 3, 1)
@@ -228,6 +228,28 @@ def test_errors():
         importance_weights(case.logps, case.old_logps, CU, mode="clip")
     with pytest.raises(ValueError, match=r"quantile is a share of the tokens, in \(0, 1\], got 0"):
         top_entropy_mask(case.entropy, quantile=0)
+
+
+def test_drift_from_the_sampler_counts_what_is_known():
+    old, drawn = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.5, float("nan"), -2.0, float("nan")])
+    cu_seqlens, mask = torch.tensor([0, 2, 3, 4]), torch.tensor([True, True, True, False])
+    for given in (None, mask):
+        drift = {name: float(x) for name, x in sampling_drift(old, drawn, cu_seqlens, given, mode="token_mask").items()}
+        assert drift == pytest.approx(
+            {
+                "sampling_tokens": 2,
+                "sampling_difference": 1.5,
+                "max_sampling_difference": 1.0,
+                "sampling_ratios": 2,
+                "sampling_ratio": math.exp(0.5) + math.exp(-1),
+                "min_sampling_ratio": math.exp(-1),
+                "max_sampling_ratio": math.exp(0.5),
+            }
+        )
+    drift = sampling_drift(old[:3], torch.tensor([-1.5, -2.5, -2.0]), cu_seqlens[:3], mode="sequence_mask")
+    assert float(drift["max_sampling_ratio"]) == pytest.approx(math.e) and float(drift["sampling_ratios"]) == 2
+    nothing = sampling_drift(old, drawn, cu_seqlens, torch.zeros(4, dtype=torch.bool))
+    assert float(nothing["sampling_tokens"]) == float(nothing["max_sampling_ratio"]) == 0 and float(nothing["min_sampling_ratio"]) > 1e30
 
 
 def test_importance_weights_by_hand():

@@ -123,7 +123,16 @@ def test_loss_and_gradient_by_the_book(place, loss_type, beta):
         assert same(got, weight.grad)
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "beta": 0.2}, {"loss_type": "vespo"}, {"mask_truncated_completions": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": "grpo", "beta": 0.2},
+        {"loss_type": "vespo"},
+        {"mask_truncated_completions": True},
+        {"top_entropy_quantile": 0.3, "entropy_coef": 0.1},
+    ],
+)
 def test_the_cut_into_micro_batches_does_not_matter(place, options):
     results = []
     for max_tokens in (40, 64, 500):
@@ -135,6 +144,65 @@ def test_the_cut_into_micro_batches_does_not_matter(place, options):
     for metrics, grads in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
         assert all(same(a, b) for a, b in zip(grads, results[0][1]))
+
+
+def test_the_quantile_of_entropy_is_that_of_all_answers_that_count(place):
+    """Those without an advantage, which are not computed with a gradient, and not those that are masked."""
+    objective, prompts = rolled(place, num_iterations=2, top_entropy_quantile=0.25, mask_truncated_completions=True, temperature=0.8)
+    rollouts = objective.rollouts
+    rollouts.finished[:] = torch.arange(8) < 6
+    rollouts.advantages[:3] = 0.0
+    samples = list(objective.samples(1, prompts))
+    assert [sample.index for sample in samples] == [3, 4, 5]
+    run_step(objective, micro_batches(samples, 64), device=torch.device("cpu"))
+    entropies = []
+    for sample in objective.rollout.samples(rollouts)[:6]:
+        ids = torch.tensor([(*sample.prompt, *sample.completions[0])])
+        with stock_attention(objective.model), torch.no_grad():
+            p = (objective.model(ids).logits[0, len(sample.prompt) - 1 : -1] / 0.8).softmax(-1)
+        entropies.append(-(p * p.log()).sum(-1))
+    entropy = torch.cat(entropies)
+    want = entropy >= entropy.quantile(0.75)
+    assert torch.equal(objective.high_entropy[: len(want)], want) and 0 < int(want.sum()) < len(want)
+    assert not objective.high_entropy[len(want) :].any()
+    rollouts.finished[:] = False
+    sums, _ = run_step(objective, micro_batches(list(objective.samples(1, prompts)), 500), device=torch.device("cpu"))
+    assert float(sums["loss"]) == 0 and not objective.high_entropy.any()
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_truncated_sampling_is_corrected_by_default_whatever_the_cut(place, num_iterations):
+    """The weight of a token is the probability that truncation left; with exact sampling nothing is stored, nor weighed."""
+    results = []
+    for max_tokens in (40, 500):
+        objective, prompts = rolled(place, num_iterations=num_iterations, top_p=0.8, top_k=60, max_tokens=max_tokens)
+        if num_iterations == 1:  # the policy is still the one that answered
+            objective.model.load_state_dict(load_model(objective.config.model).state_dict())
+        samples, rollouts = list(objective.samples(num_iterations - 1, prompts)), objective.rollouts
+        sums, counts = run_step(objective, micro_batches(samples, max_tokens), device=torch.device("cpu"))
+        metrics = objective.metrics({name: float(value) for name, value in sums.items()}, counts)
+        results.append((metrics, [w.grad.clone() for w in objective.model.parameters()]))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
+    assert all(same(a, b) for a, b in zip(results[1][1], results[0][1]))
+    with torch.no_grad():
+        trained = torch.cat([dense_logps(load_model(objective.config.model), sample, 1.0) for sample in samples])
+    left = (trained - rollouts.sampling_logps).exp()
+    assert 0.1 < float(left.min()) < float(left.max()) < 1.0001  # 0.8 of the 60 most probable
+    names = ("min", "mean", "max")
+    assert [metrics[f"sampling/importance_sampling_ratio/{name}"] for name in names] == pytest.approx(
+        [float(left.min()), float(left.mean()), float(left.max())], rel=1e-4
+    )
+    objective.model.zero_grad()
+    parts = []
+    for i, sample in enumerate(samples):
+        at = slice(*rollouts.bounds[i : i + 2])
+        logps = dense_logps(objective.model, sample, 1.0)
+        ratio, advantage = (logps - trained[at]).exp(), rollouts.advantages[i]
+        parts.append(-left[at] * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+    torch.cat(parts).mean().backward()
+    assert all(same(got, weight.grad) for got, weight in zip(results[1][1], objective.model.parameters()))
+    exact, _ = rolled(place, num_iterations=num_iterations)
+    assert exact.rollouts.sampling_logps.numel() == 0 and not exact.corrected
 
 
 def test_answers_without_an_advantage_are_left_out_and_change_nothing(place):
@@ -198,7 +266,7 @@ def test_answers_of_nothing_but_the_end_are_trained_on(place, monkeypatch):
     """Every answer is EOS at once: one token, an empty text, equal rewards; half of them are made to differ."""
     end = tiny_tokenizer().eos_token_id
     said = Completion((end,), (-1.0,), True)
-    monkeypatch.setattr("fastalign.objectives.online.generate", lambda model, prompts, **_: [said] * len(prompts))
+    monkeypatch.setattr("fastalign.rollout.engine.generate", lambda model, prompts, **_: [said] * len(prompts))
     objective, prompts = rolled(place, rewards=["repetition"], num_iterations=2)
     assert objective.rollout.shown(objective.rollouts, [0])[0]["completion"] == ""
     assert objective.rollout.metrics(objective.rollouts)["completions/mean_terminated_length"] == 1
@@ -239,8 +307,9 @@ def test_a_bad_reward_is_named_and_its_run_can_go_on(place, tmp_path, value, mes
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_leave_one_out_and_the_penalty_in_the_reward(place):
-    objective, prompts = rolled(place, RLOO, RLOOConfig, beta=0.2, num_iterations=2)
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_leave_one_out_and_the_penalty_in_the_reward(place, top_p):
+    objective, prompts = rolled(place, RLOO, RLOOConfig, beta=0.2, num_iterations=2, top_p=top_p)
     rollouts = objective.rollouts
     kl = torch.stack([part.sum() for part in (rollouts.logps - rollouts.ref_logps).split(rollouts.lengths.tolist())])
     reward = (rollouts.rewards[:, 0] - 0.2 * kl).view(2, 4)
@@ -252,7 +321,8 @@ def test_leave_one_out_and_the_penalty_in_the_reward(place):
     for i, sample in enumerate(samples):
         at = slice(*rollouts.bounds[i : i + 2])
         ratio = (dense_logps(objective.model, sample, 1.0) - rollouts.logps[at]).sum().exp()
-        losses.append(-torch.minimum(ratio * rollouts.advantages[i], ratio.clamp(0.8, 1.2) * rollouts.advantages[i]))
+        weight = 1.0 if top_p == 1 else (rollouts.logps - rollouts.sampling_logps)[at].exp().mean()  # of the answer's tokens
+        losses.append(-weight * torch.minimum(ratio * rollouts.advantages[i], ratio.clamp(0.8, 1.2) * rollouts.advantages[i]))
     assert float(sums["loss"]) == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
@@ -260,7 +330,7 @@ def test_leave_one_out_and_the_penalty_in_the_reward(place):
 def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, lora):
     options = {"lora": LoraConfig(r=lora), "steps_per_generation": 2, "num_iterations": 2, "batch_size": 1, "beta": 0.01}
     options |= {"max_steps": 24, "save_every": 1, "keep_checkpoints": 99, "learning_rate": 2e-2, "num_generations": 8}
-    options |= {"completions_every": 3, "refill": 1, "seed": 0}
+    options |= {"completions_every": 3, "refill": 1, "seed": 0, "top_p": 0.95 if lora else 1.0}
     whole = train(config_of(place, output=str(tmp_path / "whole"), **options))
     rows = [json.loads(line) for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["reward"] for row in rows[-4:]) > 2 * sum(row["reward"] for row in rows[:4])
@@ -300,6 +370,14 @@ def _result(row):
         ({"loss_options": {"tau": 1.0}}, "loss_options must be options of dapo"),
         ({"reference": "adapter"}, "reference must be copy or auto"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"importance_sampling_clip_max": 2.0}, "importance_sampling_clip_max must be left at 3.0, which counts only with"),
+        ({"top_k": 5, "importance_sampling_clip_min": 3.0}, "importance_sampling_clip_min must be 0 or more and less than the maximum"),
+        ({"importance_sampling_correction": "token"}, "importance_sampling_correction must be one of auto, none, token_truncate"),
+        ({"loss_type": "vespo", "importance_sampling_correction": "sequence_mask"}, "one of tokens for vespo"),
+        ({"top_entropy_quantile": 0.0}, r"top_entropy_quantile must be in \(0, 1\]"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_k": -1}, "top_k must be 0 or more"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\]"),
         ({"reward_weights": [1.0, 2.0]}, "2 weights for 1 reward functions"),
         ({"max_tokens": 12}, "max_tokens 12 is less than the longest prompt"),
         ({"max_tokens": 9999, "max_completion_length": 512}, "window of 512 tokens is less than the longest prompt .* smaller --max_comp"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
+import textwrap
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import load_prompts
+from fastalign.errors import ConfigError
 from fastalign.losses.policy import POLICY_LOSSES
 from fastalign.models.config import ModelConfig
 from fastalign.models.load import load_model
@@ -45,7 +49,7 @@ class Case:
         self.prompts = [torch.tensor(self.tokenizer(text)["input_ids"]) for text in ("old river", "a green lamp holds the letter")]
         with torch.no_grad():
             logps = [self.logps(i) for i in range(len(LENGTHS))]
-        self.old, self.ref = ([x + scale * torch.randn(x.shape, generator=rng) for x in logps] for scale in (0.3, 0.5))
+        self.old, self.ref, self.drawn = ([x + scale * torch.randn(x.shape, generator=rng) for x in logps] for scale in (0.3, 0.5, 0.6))
         self.advantages = torch.tensor([1.3, -0.7, 0.4, -1.0, 0.9, -1.2, 0.6, -0.3])
 
     def logps(self, i):
@@ -53,7 +57,7 @@ class Case:
         scores = (self.model(torch.cat((prompt, self.answers[i]))[None]).logits[0] / TEMPERATURE).log_softmax(-1)
         return scores[len(prompt) - 1 : -1].gather(1, self.answers[i][:, None])[:, 0]
 
-    def rollouts(self):
+    def rollouts(self, corrected=False):
         return Rollouts(
             prompts=torch.arange(2).repeat_interleave(4),
             tokens=torch.cat(self.answers),
@@ -64,6 +68,7 @@ class Case:
             logps=torch.cat(self.old),
             ref_logps=torch.cat(self.ref),
             draws=torch.ones(2, dtype=torch.int64),
+            sampling_logps=torch.cat(self.drawn) if corrected else torch.empty(0),
         )
 
     def ours(self, kind=GRPO, config_kind=GRPOConfig, step=1, **options):
@@ -76,20 +81,20 @@ class Case:
         config.validate()
         prompts = load_prompts(config.data, self.tokenizer)
         objective = kind(config, load_model(config.model, lora=config.lora), prompts)
-        objective.rollouts, objective.generation = self.rollouts(), 0
+        objective.rollouts, objective.generation = self.rollouts(objective.corrected), 0
         bins = micro_batches(list(objective.samples(step, prompts.samples)), config.max_tokens)
         assert len(bins) > 1
         sums, counts = run_step(objective, bins, device=torch.device("cpu"))
         values = {name: float(value) for name, value in sums.items()}
         return sums["loss"], {n: w.grad for n, w in objective.model.named_parameters()}, counts, objective.metrics(values, counts)
 
-    def trl(self, trainer=GRPOTrainer, chosen=slice(None), completion=None, per_generation=1, **options):
+    def trl(self, trainer=GRPOTrainer, chosen=slice(None), completion=None, per_generation=1, correction=None, **options):
         """The same of TRL, all answers in one micro-batch."""
         rows = range(len(LENGTHS))[chosen]
         pad = torch.nn.utils.rnn.pad_sequence
         prompts = pad([self.prompts[i // 4].flip(0) for i in rows], batch_first=True, padding_value=0).flip(1)
         shown = pad([torch.ones_like(self.prompts[i // 4]).flip(0) for i in rows], batch_first=True).flip(1)
-        padded = {"ids": self.answers, "old": self.old, "ref": self.ref}
+        padded = {"ids": self.answers, "old": self.old, "ref": self.ref, "drawn": self.drawn}
         padded = {name: pad([x[i] for i in rows], batch_first=True) for name, x in padded.items()}
         mask = pad([torch.ones(LENGTHS[i], dtype=torch.int64) for i in rows], batch_first=True)
         mask = mask if completion is None else mask * completion[:, None]
@@ -103,18 +108,28 @@ class Case:
             current_gradient_accumulation_steps=1,
             max_completion_length=LONGEST,
             _metrics={"train": defaultdict(list)},
-            _entropy_bonus_enabled=False,
-            use_vllm=False,
-            top_entropy_quantile=1.0,
+            _entropy_bonus_enabled=bool(options.get("entropy_coef")),
+            use_vllm=correction is not None,
+            vllm_importance_sampling_correction=correction is not None,
             epsilon_low=CLIP_LOW,
+            get_high_entropy_mask=lambda *a: GRPOTrainer.get_high_entropy_mask(stub, *a),
+            use_adaptive_entropy=False,
             get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
             get_gamma_weights=GRPOTrainer.get_gamma_weights,
-            **{"beta": 0.0, "epsilon_high": CLIP_HIGH, "off_policy_mask_threshold": None, "importance_sampling_level": "token"} | options,
+            **{
+                "beta": 0.0,
+                "epsilon_high": CLIP_HIGH,
+                "off_policy_mask_threshold": None,
+                "importance_sampling_level": "token",
+                "top_entropy_quantile": 1.0,
+            }
+            | options,
         )
         scored = trainer._get_per_token_logps_and_entropies.__wrapped__
         stub._get_per_token_logps_and_entropies = lambda *a, **k: scored(stub, *a, **k)
         inputs = {"prompt_ids": prompts, "prompt_mask": shown, "completion_ids": padded["ids"], "completion_mask": mask}
         inputs |= {"advantages": self.advantages[chosen], "old_per_token_logps": padded["old"], "ref_per_token_logps": padded["ref"]}
+        inputs |= correction(padded) if correction else {}
         inputs |= {"old_logps": (padded["old"] * mask).sum(1), "num_items_in_batch": torch.tensor(float(sum(LENGTHS)))}
         self.forward.zero_grad()
         loss = trainer._compute_loss(stub, self.forward, inputs)
@@ -157,11 +172,73 @@ def test_a_step_of_grpo_is_trls(case, name, level, beta):
         assert metrics["clip_ratio/low_mean"] == pytest.approx(theirs[2]["clip_ratio/low_mean"]) and metrics["clip_ratio/low_mean"] > 0
 
 
+def trl_weights(mode, clip_min, clip_max, mask):
+    """What TRL's `_generate_and_score_completions` puts beside a generation of vLLM's, by its text: that method generates, too."""
+    text = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    first = text.index("                per_token_logps_diff = (old_per_token_logps - sampling_per_token_logps) * mask")
+    body = textwrap.dedent(text[first : text.index("            # Compute the per-token log probabilities for the reference model", first)])
+
+    def weights(padded):
+        names = {"mode": mode, "clip_min": clip_min, "clip_max": clip_max}
+        stub = SimpleNamespace(**{f"vllm_importance_sampling_{name}": value for name, value in names.items()})
+        given = {"self": stub, "torch": torch, "math": math, "mask": mask}
+        given |= {"old_per_token_logps": padded["old"], "sampling_per_token_logps": padded["drawn"]}
+        exec(body, given)
+        ratio = given["vllm_importance_sampling_ratio"]
+        return {"importance_sampling_ratio": ratio, "sampling_per_token_logps": padded["drawn"]}
+
+    return weights
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo", "cispo", "vespo"])
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_correction_of_what_another_engine_drew_is_trls(case, mode, name):
+    """Bounds that some ratios exceed on either side; vespo takes the weights of tokens into its own."""
+    low, high = 0.6, 1.5
+    bounds = {"importance_sampling_clip_min": low, "importance_sampling_clip_max": high}
+    bounded = {"vespo": {}, "cispo": {"epsilon_high": 1.2}}.get(name, {"epsilon_high": CLIP_HIGH})
+    options = {"loss_type": name, "beta": 0.1, "importance_sampling_correction": mode, **bounded, **bounds}
+    if name == "vespo" and mode.startswith("sequence"):
+        with pytest.raises(ConfigError, match="importance_sampling_correction must be one of tokens for vespo"):
+            case.ours(**options)
+        return
+    ours = case.ours(**options)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in LENGTHS], batch_first=True)
+    high_ratio = bounded.get("epsilon_high", CLIP_HIGH)
+    theirs = case.trl(loss_type=name, beta=0.1, epsilon_high=high_ratio, correction=trl_weights(mode, low, high, mask))
+    check(ours, theirs)
+    assert relative_error(ours[0], case.ours(loss_type=name, beta=0.1, **bounded)[0]) > 0.01, "the correction has no effect"
+    metrics, differences = ours[3], [a - b for a, b in zip(case.old, case.drawn)]
+    size = torch.cat(differences).abs()
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(float(size.mean()), rel=1e-5)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(float(size.max()), rel=1e-5)
+    ratios = (torch.stack([d.sum() for d in differences]) if mode.startswith("sequence") else torch.cat(differences)).exp()
+    assert float(ratios.min()) < low and float(ratios.max()) > high
+    for kind in ("min", "mean", "max"):
+        assert metrics[f"sampling/importance_sampling_ratio/{kind}"] == pytest.approx(float(getattr(ratios, kind)()), rel=1e-5)
+
+
+def test_answers_far_off_what_another_engine_drew_are_masked_as_in_trl(case):
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in LENGTHS], batch_first=True)
+    options = {"loss_type": "dapo", "off_policy_mask_threshold": 0.05}
+    ours = case.ours(epsilon_high=CLIP_HIGH, importance_sampling_correction="token_truncate", **options)
+    check(ours, case.trl(correction=trl_weights("token_truncate", None, 3.0, mask), **options))
+
+
 def test_answers_far_off_the_policy_are_masked_as_in_trl(case):
     options = {"loss_type": "dapo", "beta": 0.1, "off_policy_mask_threshold": 0.05}
     ours = case.ours(epsilon_high=CLIP_HIGH, **options)
     check(ours, case.trl(**options))
     assert relative_error(ours[0], case.ours(epsilon_high=CLIP_HIGH, loss_type="dapo", beta=0.1)[0]) > 0.01, "the mask has no effect"
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.2}, {"entropy_coef": 0.1}, {"off_policy_mask_threshold": 0.05}], ids=str)
+def test_the_tokens_of_highest_entropy_are_those_of_trl(case, options):
+    """TRL's answers are all in one micro-batch; ours are cut into several."""
+    options = {"loss_type": "dapo", "epsilon_high": CLIP_HIGH} | options
+    ours = case.ours(top_entropy_quantile=0.3, **options)
+    check(ours, case.trl(top_entropy_quantile=0.3, **options))
+    assert relative_error(ours[0], case.ours(**options)[0]) > 0.01, "the quantile has no effect"
 
 
 def test_a_step_of_rloo_is_trls(case):

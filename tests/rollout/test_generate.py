@@ -9,7 +9,7 @@ from fastalign.models.heads import head_spec
 from fastalign.models.load import load_model
 from fastalign.models.trunk import trunk
 from fastalign.packing import collate
-from fastalign.rollout.generate import generate
+from fastalign.rollout.generate import generate, truncate
 from fastalign.types import Sample
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [5, 6, 7], [30, 31]]
@@ -62,6 +62,43 @@ def test_samples_follow_the_distribution():
     assert chi_square < 24.3  # 7 degrees of freedom, one run in a thousand
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.4}, {"top_k": 6, "top_p": 0.8, "min_p": 0.2}], ids=lambda o: "+".join(o)
+)
+def test_truncated_samples_follow_the_renormalised_distribution(options):
+    """Which tokens are left is asked of Transformers' own warpers; the log-probs are those of what is left."""
+    from transformers.generation import logits_process
+
+    from fastalign.models.trunk import stock_attention
+
+    model, n, temperature = load_model(tiny_model("qwen3", vocab_size=8)), 4000, 4.0
+    with stock_attention(model), torch.no_grad():
+        scores = model(torch.tensor([[3]])).logits[:, -1].float() / temperature
+    for warper, name in (("TopKLogitsWarper", "top_k"), ("TopPLogitsWarper", "top_p"), ("MinPLogitsWarper", "min_p")):
+        if name in options:
+            scores = getattr(logits_process, warper)(options[name])(None, scores)
+    p = scores.double().softmax(-1)[0]
+    left = p > 0
+    assert 1 < int(left.sum()) < 8
+    done = generate(model, [[3]] * n, max_new_tokens=1, eos_token_id=0, temperature=temperature, seed=5, **options)
+    tokens = torch.tensor([c.tokens[0] for c in done])
+    assert torch.allclose(torch.tensor([c.logps[0] for c in done]).double(), p[tokens].log(), atol=1e-5)
+    counts = torch.bincount(tokens, minlength=8).double()
+    assert int(counts[~left].sum()) == 0
+    chi_square = ((counts - n * p) ** 2 / (n * p))[left].sum()
+    assert chi_square < 24.3  # at most 7 degrees of freedom, less than one run in a thousand
+    few = generate(model, [[3]] * 50, max_new_tokens=1, eos_token_id=0, temperature=temperature, seed=5, max_tokens=9, **options)
+    assert [c.tokens for c in few] == [c.tokens for c in done[:50]]
+
+
+def test_truncation_keeps_ties_of_top_k_and_one_token_at_least():
+    p = torch.tensor([[0.1, 0.3, 0.3, 0.3], [0.7, 0.1, 0.1, 0.1]])
+    assert torch.equal(truncate(p.log(), top_k=2)[0].isinf(), torch.tensor([True, False, False, False]))
+    assert torch.allclose(truncate(p.log(), top_p=1e-9)[1].exp(), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert torch.allclose(truncate(p.log(), min_p=1.0)[0].exp(), torch.tensor([0.0, 1 / 3, 1 / 3, 1 / 3]))
+    assert torch.equal(truncate(p.log(), top_k=9), p.log())  # more than there are
+
+
 def test_a_completion_ends_with_its_end_of_sequence_token(model):
     done = generate(model, [[3]] * 200, max_new_tokens=6, eos_token_id=list(range(1, 160)), seed=0)
     assert {c.finished for c in done} == {True, False}
@@ -86,4 +123,6 @@ def test_bad_input(model):
         generate(model, [[1], []], max_new_tokens=2, eos_token_id=0)
     with pytest.raises(ConfigError, match="temperature"):
         generate(model, [[1]], max_new_tokens=2, eos_token_id=0, temperature=-1.0)
+    with pytest.raises(ConfigError, match="top_p in"):
+        generate(model, [[1]], max_new_tokens=2, eos_token_id=0, top_p=0.0)
     assert generate(model, [], max_new_tokens=2, eos_token_id=0) == []
