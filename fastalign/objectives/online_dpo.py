@@ -216,7 +216,7 @@ class OnlineDPO:
         return self._of_rollouts(self.rollout.roll(prompts, (self.config.seed, 0)))
 
     def shown(self, step: int) -> list[dict[str, Any]]:
-        """The pairs of the step's first two prompts, or two answers where there is none, at the first step and every `completions_every`."""
+        """The pairs of the step's first two prompts, or two answers without a pair, at the first step and every `completions_every`."""
         every, size = self.config.completions_every, self.config.num_generations
         if self.rollouts is None or not every or (step > 1 and step % every):
             return []
