@@ -116,7 +116,8 @@ class GKD(Distill):
     `temperature` is that of the divergence.
 
     Beside Distill's metrics on_policy says whether the answers are the model's own, and completions/* are of answers. Held-out
-    metrics are of the data's completions, where there are any, and under on_policy/ of the model's own answers.
+    metrics are of the data's completions, where there are any, and under on_policy/ of the model's own answers, if it learns from
+    such or there is nothing else to measure.
     """
 
     config: GKDConfig
@@ -161,7 +162,7 @@ class GKD(Distill):
 
     def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
         found = {} if self.config.prompts_only else self._measure(prompts)
-        if not self.config.lmbda:
+        if found and not self.config.lmbda:
             return found
         answers = self._answers(self.model, prompts, 0)
         own = self._measure(_answered(prompts, answers))

@@ -99,6 +99,9 @@ def test_answers_are_those_that_their_writer_gives(place, by):
     assert [sample.completions[0] for sample in samples] == [answer.tokens for answer in wanted] != [answer.tokens for answer in unwanted]
     assert [(sample.index, sample.prompt) for sample in samples] == [(sample.index, sample.prompt) for sample in prompts]
     assert [row["by"] for row in objective.shown(1)] == [by] * 2
+    with torch.no_grad():
+        held_out = objective.evaluate(prompts)
+    assert held_out["on_policy/divergence"] > 0 and "divergence" not in held_out, "the data has no completions"
     assert objective.shown(1)[0]["completion"] == tiny_tokenizer().decode(list(wanted[0].tokens), skip_special_tokens=True)
 
 
