@@ -45,12 +45,34 @@ class Task:
     steps: int = 20  # measured ones by default
     answers: int = 0  # to each prompt, of an online algorithm
     reference: bool = True  # a side may make a reference pass before training
+    packing: bool = False  # a side may lay several rows end to end
     shapes: dict[str, Shape] = field(default_factory=lambda: {"": Shape()})
+
+    @property
+    def prompts_shared(self) -> bool:
+        """Whether sequences that are trained on together have the same prompt."""
+        return bool(self.answers) or self.data == "DataConfig"
 
 
 ANSWERS = 8
 TASKS = {
-    "dpo": Task("DPO", "DPOConfig", ("trl", "DPOTrainer", "DPOConfig"), {"beta": 0.1}),
+    "sft": Task(
+        "SFT",
+        "SFTConfig",
+        ("trl", "SFTTrainer", "SFTConfig"),
+        {},
+        data="SupervisedDataConfig",
+        step_of="8 completions",
+        reference=False,
+        packing=True,
+    ),
+    "dpo": Task(
+        "DPO",
+        "DPOConfig",
+        ("trl", "DPOTrainer", "DPOConfig"),
+        {"beta": 0.1},
+        shapes={"": Shape(), "2:1": Shape(prompt_words=(64, 192), completion_words=(32, 96))},
+    ),
     "kto": Task(
         "KTO",
         "KTOConfig",
@@ -111,8 +133,17 @@ class Side:
 
     def joins(self, task: Task) -> bool:
         """Whether the options mean anything to the task."""
-        unwanted = set() if task.reference else {"precompute_ref_log_probs"}
-        return not (unwanted if task.answers else unwanted | {"share_prompts"}) & self.options.keys()
+        means = {"precompute_ref_log_probs": task.reference, "packing": task.packing, "share_prompts": task.prompts_shared}
+        return all(means.get(option, True) for option in self.options)
+
+    def fitted(self, task: Task, shape: Shape) -> dict[str, Any]:
+        """The options for data of `shape`: where rows are packed, a step is one packed row as long as those of a step are on average."""
+        if "packing" not in self.options:
+            return self.options
+        return self.options | {
+            "max_length": max(round(task.samples * shape.mean_tokens), shape.most_tokens),
+            "per_device_train_batch_size": 1,
+        }
 
 
 SIDES = {
@@ -125,6 +156,7 @@ SIDES = {
         {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
         "TRL without gradient checkpointing, reference log-probs precomputed",
     ),
+    "trl_packed": Side("trl", {"gradient_checkpointing": False, "packing": True}, "TRL without gradient checkpointing, packed"),
 }
 
 
@@ -253,7 +285,6 @@ def run_trl(spec: Spec) -> Recording:
 
     arguments = config_class(
         output_dir=spec.output,
-        per_device_train_batch_size=8,
         num_train_epochs=spec.epochs,
         learning_rate=spec.learning_rate,
         seed=spec.seed,
@@ -262,9 +293,7 @@ def run_trl(spec: Spec) -> Recording:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **task.both,
-        **task.theirs,
-        **spec.options,
+        **{"per_device_train_batch_size": 8, **task.both, **task.theirs, **spec.options},
     )
     model: Any = spec.model
     if spec.adapter or task.trl[0] != "trl":  # the experimental trainers do not read the folder's dtype
@@ -289,6 +318,8 @@ def run_trl(spec: Spec) -> Recording:
 
 def real_tokens(inputs: dict[str, Any]) -> int:
     """Tokens of the sequences that are trained on, by whatever masks a trainer has; those that only estimate a KL do not count."""
+    if "position_ids" in inputs:
+        return int(inputs["input_ids"].numel())  # rows are packed: nothing is padding
     names = ("attention_mask", "chosen_attention_mask", "rejected_attention_mask", "completion_attention_mask")
     found = [name for name in names if name in inputs] or ["prompt_mask", "completion_mask"]
     return sum(int(inputs[name].sum()) for name in found)

@@ -22,6 +22,15 @@ class Shape:
     completion_words: tuple[int, int] = (5, 60)
 
     @property
+    def mean_tokens(self) -> float:
+        """Of a prompt with one completion and its end."""
+        return (sum(self.prompt_words) + sum(self.completion_words)) / 2 + 1
+
+    @property
+    def most_tokens(self) -> int:
+        return self.prompt_words[1] + self.completion_words[1] + 1
+
+    @property
     def text(self) -> str:
         return (
             f"Qwen3 architecture, {self.layers} layers, hidden {self.hidden}, V={self.vocab_size}, tied embeddings; prompts of "
@@ -91,12 +100,13 @@ def random_ids(rng: random.Random, bounds: tuple[int, int], shape: Shape) -> lis
     return [rng.randrange(2, shape.vocab_size) for _ in range(rng.randint(*bounds))]
 
 
-def write_single(path: Path, rows: int, shape: Shape, *, seed: int = 0) -> Path:
-    """`rows` answers of random words, every other one desirable."""
+def write_single(path: Path, rows: int, shape: Shape, *, seed: int = 0, labels: bool = True) -> Path:
+    """`rows` answers of random words; with `labels` every other one is desirable."""
     pairs = [json.loads(line) for line in write_pairs(path, rows, shape, seed=seed).read_text(encoding="utf-8").splitlines()]
     with path.open("w", encoding="utf-8") as file:
         for k, row in enumerate(pairs):
-            file.write(json.dumps({"prompt": row["prompt"], "completion": row["chosen"], "label": k % 2 == 0}) + "\n")
+            single = {"prompt": row["prompt"], "completion": row["chosen"]}
+            file.write(json.dumps(single | ({"label": k % 2 == 0} if labels else {})) + "\n")
     return path
 
 
