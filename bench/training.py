@@ -125,7 +125,7 @@ def run(folder: Path, spec: Spec) -> Recording:
     """The recording of one run in a fresh process, outside the repository's configuration files."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch)
-        spec = Spec(**{**asdict(spec), "output": str(place / "run"), "result": str(place / "result.json")})
+        spec = Spec(**{**asdict(spec), "output": spec.output or str(place / "run"), "result": str(place / "result.json")})
         (place / "spec.json").write_text(json.dumps(asdict(spec)))
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
         command = [sys.executable, "-m", "bench.training_sides", str(place / "spec.json")]

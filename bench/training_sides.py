@@ -12,12 +12,16 @@ see bench.given, so that no side generates.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.given import AnswersFromRows, answer_from_rows, no_reward
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
@@ -174,6 +178,12 @@ class Spec:
     epochs: int = 1
     learning_rate: float = 1e-4
     seed: int = 42
+    samples: int | None = None  # rows of the data in an optimizer step, where not the task's
+    uncut: bool = False  # sequences may be of any length
+    stop_after: int | None = None  # optimizer steps of this process; it then leaves a checkpoint
+    resume: bool = False  # from that checkpoint
+    device: str = "cpu"
+    cuda_growth: float | None = None  # MiB of CUDA memory that may be taken once model and data are loaded
 
 
 @dataclass
@@ -188,6 +198,7 @@ class Recording:
     startup_seconds: float = 0.0  # from the first import to the first optimizer step, without the reference pass
     rss_before: float = 0.0
     rss_peak: float = 0.0
+    out_of_memory: bool = False
 
     def loaded(self) -> None:
         """Model and data are in memory."""
@@ -212,6 +223,7 @@ def run_fastalign(spec: Spec) -> Recording:
     class TimedConfig(config_class):
         def objective(self, model: Any, data: Any, folder: Any) -> Any:
             record.loaded()
+            limit_cuda(spec.cuda_growth)
             started = time.perf_counter()
             objective = super().objective(model, data, folder)
             record.reference_seconds = time.perf_counter() - started if task.reference else 0.0
@@ -225,27 +237,31 @@ def run_fastalign(spec: Spec) -> Recording:
         record.losses.append(metrics["loss"])
         record.grad_norms.append(metrics["grad_norm"])
         record.tokens.append(generations[-1] if task.answers else int(metrics["num_tokens"]) - sum(record.tokens))
+        if len(record.ends) == spec.stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    options = dict(spec.options)
+    checkpointing = options.pop("gradient_checkpointing", False)  # an option of the model
     config = TimedConfig(
-        model=ModelConfig(path=spec.model, dtype="float32"),
-        data=getattr(data, task.data)(path=spec.data),
+        model=ModelConfig(path=spec.model, dtype="float32", device=spec.device, gradient_checkpointing=checkpointing),
+        data=getattr(data, task.data)(path=spec.data, **({"max_length": None} if spec.uncut else {})),
         lora=LoraConfig(adapter=spec.adapter) if spec.adapter else LoraConfig(r=spec.lora_rank),
         output=spec.output,
-        batch_size=task.samples,
+        resume=spec.resume,
+        batch_size=spec.samples or task.samples,
         epochs=spec.epochs,
         learning_rate=spec.learning_rate,
         seed=spec.seed,
         save_every=0,
         **task.both,
         **task.ours,
-        **spec.options,
+        **options,
     )
     fastalign.train(config, callbacks=[on_step])
     return record
 
 
 def run_trl(spec: Spec) -> Recording:
-    import torch
     from datasets import load_dataset
     from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -272,12 +288,14 @@ def run_trl(spec: Spec) -> Recording:
             return dataset
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **kwargs: Any) -> None:
             record.step_ended()
             record.losses.append(sum(losses))
             record.tokens.append(sum(tokens))
             losses.clear()
             tokens.clear()
+            if len(record.ends) == spec.stop_after:
+                control.should_save = control.should_training_stop = True
 
         def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "grad_norm" in logs:
@@ -288,12 +306,12 @@ def run_trl(spec: Spec) -> Recording:
         num_train_epochs=spec.epochs,
         learning_rate=spec.learning_rate,
         seed=spec.seed,
-        use_cpu=True,
+        use_cpu=spec.device == "cpu",
         bf16=False,
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **{"per_device_train_batch_size": 8, **task.both, **task.theirs, **spec.options},
+        **({"max_length": None} if spec.uncut else {}),
+        **{"per_device_train_batch_size": spec.samples or 8, "save_strategy": "no", **task.both, **task.theirs, **spec.options},
     )
     model: Any = spec.model
     if spec.adapter or task.trl[0] != "trl":  # the experimental trainers do not read the folder's dtype
@@ -312,8 +330,18 @@ def run_trl(spec: Spec) -> Recording:
     )
     record.loaded()
     record.startup_seconds -= record.reference_seconds
-    trainer.train()
+    limit_cuda(spec.cuda_growth)
+    trainer.train(resume_from_checkpoint=spec.resume)
     return record
+
+
+def limit_cuda(mib: float | None) -> None:
+    """Let this process take no more than `mib` of CUDA memory beside what it holds."""
+    if mib is not None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(
+            (torch.cuda.memory_reserved() + mib * 2**20) / torch.cuda.get_device_properties(0).total_memory
+        )
 
 
 def real_tokens(inputs: dict[str, Any]) -> int:
@@ -327,5 +355,8 @@ def real_tokens(inputs: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     given = Spec(**json.loads(Path(sys.argv[1]).read_text()))
-    done = {"fastalign": run_fastalign, "trl": run_trl}[given.side](given)
+    try:
+        done = {"fastalign": run_fastalign, "trl": run_trl}[given.side](given)
+    except torch.OutOfMemoryError:
+        done = Recording(out_of_memory=True)
     Path(given.result).write_text(json.dumps(asdict(done)))

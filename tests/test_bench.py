@@ -83,7 +83,7 @@ def test_a_packing_side_must_agree_too(tmp_path, monkeypatch):
     monkeypatch.setattr(
         training, "run", lambda _, spec: Recording(losses=packed if "packing" in spec.options else [1.0] * 4, grad_norms=[1.0] * 4)
     )
-    with pytest.raises(SystemExit, match="losses differ.*TRL, packed"):
+    with pytest.raises(SystemExit, match=r"losses differ.*TRL, packed"):
         training.check_steps("sft", tmp_path, tmp_path, tmp_path, None)
     packed[3] = 1.00001
     training.check_steps("sft", tmp_path, tmp_path, tmp_path, None)
@@ -108,7 +108,7 @@ def touch(size: int) -> None:
 def test_without_a_name_the_benchmarks_are_listed_and_an_unknown_one_is_refused(capsys):
     assert main([]) == 0
     usage = capsys.readouterr().out
-    assert all(f"\n  {name} " in usage for name in ("head", "dpo", "kto", "orpo", "simpo", "grpo", "sft", "results"))
+    assert all(f"\n  {name} " in usage for name in ("head", "dpo", "kto", "orpo", "simpo", "grpo", "sft", "ladder", "costs", "results"))
     assert main(["nonsense"]) == 2
     assert capsys.readouterr().err == f"bench: there is no nonsense\n{usage}"
 
