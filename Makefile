@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help native native-test demo test test-all test-matrix gpu bench lint format clean
+.PHONY: help native native-test demo test test-all test-matrix gpu bench microbench lint format clean
 
 help:
 	@echo "make demo         train a small model on generated preferences, show before and after, write a report"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-matrix  tests on the oldest and the newest supported versions, in environments of their own"
 	@echo "make gpu          tests, memory checks and head benchmark on a GPU, into OUT=gpu; PYTHON=... is used as it is"
 	@echo "make bench        DPO and the LM head against other trainers on this machine, into bench/results/"
+	@echo "make microbench   what single calls of the head, the losses, packing and collation take"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -37,10 +38,10 @@ demo: $(READY) native
 	$(BIN)/fastalign demo --output demo
 
 test: $(READY) lint native-test
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not micro"
 
 test-all: $(READY) lint native-test
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not micro"
 
 test-matrix: $(READY)
 	bash tests/matrix.sh
@@ -52,6 +53,9 @@ bench: $(READY) native
 	$(BIN)/python -m bench dpo
 	$(BIN)/python -m bench head
 	$(BIN)/python -m bench results
+
+microbench: $(READY) native
+	$(BIN)/python -m pytest -m micro tests/test_bench_micro.py --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
 
 lint: $(READY)
 	$(BIN)/ruff check .

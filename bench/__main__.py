@@ -10,6 +10,8 @@ from bench.training_sides import TASKS
 BENCHMARKS = {
     "head": ("bench.head", "the fused LM head against its bare GEMMs and peers, on a CPU or a GPU"),
     **{name: ("bench.training", f"{task.title} on a CPU against TRL") for name, task in TASKS.items()},
+    "ladder": ("bench.ladder", "the longest DPO pair that fits into fixed memory, on a CPU or a GPU, against TRL"),
+    "costs": ("bench.costs", "what is paid beside the steps: unfilled bins, resuming, starting"),
     "results": ("bench.results", "no benchmark: writes bench/RESULTS.md and the pages in bench/results/ anew from the CSV files there"),
 }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench import head_page, table, training_page
+from bench import costs_page, head_page, ladder_page, table, training_page
+from bench.costs_page import Cost
 from bench.head_rows import Row
+from bench.ladder_page import Rung
 from bench.training_rows import Measurement
 from bench.training_sides import TASKS
 
@@ -34,6 +36,15 @@ def pages(folder: Path) -> dict[Path, str]:
             runs = table.read(file, Measurement)
             found[file.with_suffix(".md")] = training_page.page(name, runs)
             lines += _section(file, training_page.title(name), [*table.facts(runs), *training_page.section(runs)])
+    for device in ladder_page.MEMORY:
+        if (file := folder / f"ladder_{device}.csv").exists():
+            rungs = table.read(file, Rung)
+            found[file.with_suffix(".md")] = ladder_page.page(rungs)
+            lines += _section(file, ladder_page.title(device), [*table.facts(rungs), *ladder_page.section(rungs)])
+    if (file := folder / "costs_cpu.csv").exists():
+        costs = table.read(file, Cost)
+        found[file.with_suffix(".md")] = costs_page.page(costs)
+        lines += _section(file, costs_page.TITLE, [*table.facts(costs), "", *costs_page.section(costs)])
     for file in sorted(folder.glob("head_*.csv")):
         rows = table.read(file, Row)
         found[file.with_suffix(".md")] = head_page.page(rows)

@@ -44,7 +44,7 @@ def facts(rows: Sequence[Any]) -> list[str]:
 def _parse(kind: str, text: str) -> Any:
     if kind in ("str", "bool"):
         return text if kind == "str" else text == "True"
-    return (int if kind == "int" else float)(text) if text else None
+    return (int if kind.startswith("int") else float)(text) if text else None
 
 
 def _short(value: object) -> object:

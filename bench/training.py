@@ -1,4 +1,4 @@
-"""Training on a CPU against TRL's trainers: `python -m bench dpo|kto|orpo|simpo|grpo` writes bench/results/NAME_cpu.{csv,md}.
+"""Training on a CPU against TRL's trainers: `python -m bench sft|dpo|kto|orpo|simpo|grpo` writes bench/results/NAME_cpu.{csv,md}.
 
 First the losses and gradient norms of both sides on the same batches must agree; no speed is printed for a wrong answer. Then each
 side trains on the same model and data for one epoch, every run in a fresh process, sides taking turns; medians over the repeats. Of
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = 16
 CHECKED = ("losses", "gradient norms")  # in which both sides must agree
 TOLERANCE = 1e-4  # relative, fp32
+ONE_ROW = 4096  # tokens, more than the rows of a step have: packed, they are the same batch
 
 RANKS = {"full": 0, "lora": RANK}
 
@@ -76,7 +77,9 @@ def main(argv: list[str]) -> int:
             for row, (rank, shape) in rows.items():
                 for chosen in options.sides:
                     side = SIDES[chosen]
-                    record = run(folder, Spec(name, side.name, str(model), str(data[shape]), "", "", side.options, lora_rank=rank))
+                    record = run(
+                        folder, Spec(name, side.name, str(model), str(data[shape]), "", "", side.fitted(task, shape), lora_rank=rank)
+                    )
                     workload = f"{shape.text}; fp32, {task.step_of} a step"
                     results.append(Measurement.of(record, row, chosen, repeat, workload=workload, **about))
                     print(f"{row}, {side.text}: {results[-1].tokens_per_second} tokens/s", flush=True)
@@ -94,29 +97,35 @@ def write_data(name: str, path: Path, samples: int, shape: Shape, model: Path, a
     task = TASKS[name]
     if task.answers:
         return write_rollouts(path, samples, task.answers, shape, model, adapter, seed=seed)
-    return (write_single if task.data == "UnpairedDataConfig" else write_pairs)(path, samples, shape, seed=seed)
+    if task.data == "DataConfig":
+        return write_pairs(path, samples, shape, seed=seed)
+    return write_single(path, samples, shape, seed=seed, labels=task.data == "UnpairedDataConfig")
 
 
 def check_steps(name: str, folder: Path, model: Path, data: Path, adapter: Path | None) -> None:
-    """Stop unless both sides report the same loss and gradient norm in each of four steps on the same rows."""
+    """Stop unless all sides report the same loss and gradient norm in each of four steps on the same rows."""
     task, found = TASKS[name], {}
-    for side, options in (("fastalign", task.same), ("trl", {"logging_steps": 1})):
+    sides = {"fastalign": ("fastalign", task.same), "TRL": ("trl", {"logging_steps": 1})}
+    if task.packing:
+        sides["TRL, packed"] = ("trl", {"logging_steps": 1, "packing": True, "max_length": ONE_ROW, "per_device_train_batch_size": 1})
+    for called, (side, options) in sides.items():
         start = str(adapter) if adapter else None
         epochs = 4 // task.iterations
         spec = Spec(name, side, str(model), str(data), "", "", options, adapter=start, epochs=epochs, learning_rate=task.check_rate)
         record = run(folder, spec)
-        found[side] = dict(zip(CHECKED, (record.losses, record.grad_norms)))
-    for what in CHECKED:
-        ours, theirs = found["fastalign"][what], found["trl"][what]
-        if len(ours) != 4 or len(theirs) != 4 or any(abs(a - b) > TOLERANCE * abs(b) for a, b in zip(ours, theirs)):
-            raise SystemExit(f"bench {name}: {what} differ, nothing is measured: fastalign {ours}, TRL {theirs}")
+        found[called] = dict(zip(CHECKED, (record.losses, record.grad_norms)))
+    for called in list(sides)[1:]:
+        for what in CHECKED:
+            ours, theirs = found["fastalign"][what], found[called][what]
+            if len(ours) != 4 or len(theirs) != 4 or any(abs(a - b) > TOLERANCE * abs(b) for a, b in zip(ours, theirs)):
+                raise SystemExit(f"bench {name}: {what} differ, nothing is measured: fastalign {ours}, {called} {theirs}")
 
 
 def run(folder: Path, spec: Spec) -> Recording:
     """The recording of one run in a fresh process, outside the repository's configuration files."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch)
-        spec = Spec(**{**asdict(spec), "output": str(place / "run"), "result": str(place / "result.json")})
+        spec = Spec(**{**asdict(spec), "output": spec.output or str(place / "run"), "result": str(place / "result.json")})
         (place / "spec.json").write_text(json.dumps(asdict(spec)))
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
         command = [sys.executable, "-m", "bench.training_sides", str(place / "spec.json")]

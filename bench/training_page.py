@@ -18,12 +18,14 @@ holds its reference model, too."""
 GIVEN = """Both sides are given the same answers, advantages, and log-probs of the reference and of the policy that answered: the update
 alone is measured. Tokens are those of prompts and answers, the prompt once per answer, however a side computes it. One group in four
 is rewarded alike. For both sides the loaded part holds the reference model."""
+PACKED = """Where TRL packs, its step is one row as long as eight completions with their prompts are on average, so that all sides make
+about as many updates with as many tokens."""
 
 
 def page(name: str, rows: list[Measurement]) -> str:
     task = TASKS[name]
     checked = [CHECKED.format(what) for what in dict.fromkeys(row.checked for row in rows)]
-    how = [HOW, *checked, *([REFERENCE] if task.reference else []), *([GIVEN] if task.answers else [])]
+    how = [HOW, *checked, *([REFERENCE] if task.reference else []), *([GIVEN] if task.answers else []), *([PACKED] if task.packing else [])]
     return "\n".join([f"# {title(name)}", "", *facts(rows), "", *("\n\n".join(how)).splitlines(), "", *section(rows)]) + "\n"
 
 

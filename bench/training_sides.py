@@ -12,12 +12,16 @@ see bench.given, so that no side generates.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.given import AnswersFromRows, answer_from_rows, no_reward
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
@@ -45,12 +49,34 @@ class Task:
     steps: int = 20  # measured ones by default
     answers: int = 0  # to each prompt, of an online algorithm
     reference: bool = True  # a side may make a reference pass before training
+    packing: bool = False  # a side may lay several rows end to end
     shapes: dict[str, Shape] = field(default_factory=lambda: {"": Shape()})
+
+    @property
+    def prompts_shared(self) -> bool:
+        """Whether sequences that are trained on together have the same prompt."""
+        return bool(self.answers) or self.data == "DataConfig"
 
 
 ANSWERS = 8
 TASKS = {
-    "dpo": Task("DPO", "DPOConfig", ("trl", "DPOTrainer", "DPOConfig"), {"beta": 0.1}),
+    "sft": Task(
+        "SFT",
+        "SFTConfig",
+        ("trl", "SFTTrainer", "SFTConfig"),
+        {},
+        data="SupervisedDataConfig",
+        step_of="8 completions",
+        reference=False,
+        packing=True,
+    ),
+    "dpo": Task(
+        "DPO",
+        "DPOConfig",
+        ("trl", "DPOTrainer", "DPOConfig"),
+        {"beta": 0.1},
+        shapes={"": Shape(), "2:1": Shape(prompt_words=(64, 192), completion_words=(32, 96))},
+    ),
     "kto": Task(
         "KTO",
         "KTOConfig",
@@ -111,8 +137,17 @@ class Side:
 
     def joins(self, task: Task) -> bool:
         """Whether the options mean anything to the task."""
-        unwanted = set() if task.reference else {"precompute_ref_log_probs"}
-        return not (unwanted if task.answers else unwanted | {"share_prompts"}) & self.options.keys()
+        means = {"precompute_ref_log_probs": task.reference, "packing": task.packing, "share_prompts": task.prompts_shared}
+        return all(means.get(option, True) for option in self.options)
+
+    def fitted(self, task: Task, shape: Shape) -> dict[str, Any]:
+        """The options for data of `shape`: where rows are packed, a step is one packed row as long as those of a step are on average."""
+        if "packing" not in self.options:
+            return self.options
+        return self.options | {
+            "max_length": max(round(task.samples * shape.mean_tokens), shape.most_tokens),
+            "per_device_train_batch_size": 1,
+        }
 
 
 SIDES = {
@@ -125,6 +160,7 @@ SIDES = {
         {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
         "TRL without gradient checkpointing, reference log-probs precomputed",
     ),
+    "trl_packed": Side("trl", {"gradient_checkpointing": False, "packing": True}, "TRL without gradient checkpointing, packed"),
 }
 
 
@@ -142,6 +178,12 @@ class Spec:
     epochs: int = 1
     learning_rate: float = 1e-4
     seed: int = 42
+    samples: int | None = None  # rows of the data in an optimizer step, where not the task's
+    uncut: bool = False  # sequences may be of any length
+    stop_after: int | None = None  # optimizer steps of this process; it then leaves a checkpoint
+    resume: bool = False  # from that checkpoint
+    device: str = "cpu"
+    cuda_growth: float | None = None  # MiB of CUDA memory that may be taken once model and data are loaded
 
 
 @dataclass
@@ -156,6 +198,7 @@ class Recording:
     startup_seconds: float = 0.0  # from the first import to the first optimizer step, without the reference pass
     rss_before: float = 0.0
     rss_peak: float = 0.0
+    out_of_memory: bool = False
 
     def loaded(self) -> None:
         """Model and data are in memory."""
@@ -180,6 +223,7 @@ def run_fastalign(spec: Spec) -> Recording:
     class TimedConfig(config_class):
         def objective(self, model: Any, data: Any, folder: Any) -> Any:
             record.loaded()
+            limit_cuda(spec.cuda_growth)
             started = time.perf_counter()
             objective = super().objective(model, data, folder)
             record.reference_seconds = time.perf_counter() - started if task.reference else 0.0
@@ -193,27 +237,31 @@ def run_fastalign(spec: Spec) -> Recording:
         record.losses.append(metrics["loss"])
         record.grad_norms.append(metrics["grad_norm"])
         record.tokens.append(generations[-1] if task.answers else int(metrics["num_tokens"]) - sum(record.tokens))
+        if len(record.ends) == spec.stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    options = dict(spec.options)
+    checkpointing = options.pop("gradient_checkpointing", False)  # an option of the model
     config = TimedConfig(
-        model=ModelConfig(path=spec.model, dtype="float32"),
-        data=getattr(data, task.data)(path=spec.data),
+        model=ModelConfig(path=spec.model, dtype="float32", device=spec.device, gradient_checkpointing=checkpointing),
+        data=getattr(data, task.data)(path=spec.data, **({"max_length": None} if spec.uncut else {})),
         lora=LoraConfig(adapter=spec.adapter) if spec.adapter else LoraConfig(r=spec.lora_rank),
         output=spec.output,
-        batch_size=task.samples,
+        resume=spec.resume,
+        batch_size=spec.samples or task.samples,
         epochs=spec.epochs,
         learning_rate=spec.learning_rate,
         seed=spec.seed,
         save_every=0,
         **task.both,
         **task.ours,
-        **spec.options,
+        **options,
     )
     fastalign.train(config, callbacks=[on_step])
     return record
 
 
 def run_trl(spec: Spec) -> Recording:
-    import torch
     from datasets import load_dataset
     from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -240,12 +288,14 @@ def run_trl(spec: Spec) -> Recording:
             return dataset
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **kwargs: Any) -> None:
             record.step_ended()
             record.losses.append(sum(losses))
             record.tokens.append(sum(tokens))
             losses.clear()
             tokens.clear()
+            if len(record.ends) == spec.stop_after:
+                control.should_save = control.should_training_stop = True
 
         def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "grad_norm" in logs:
@@ -253,18 +303,15 @@ def run_trl(spec: Spec) -> Recording:
 
     arguments = config_class(
         output_dir=spec.output,
-        per_device_train_batch_size=8,
         num_train_epochs=spec.epochs,
         learning_rate=spec.learning_rate,
         seed=spec.seed,
-        use_cpu=True,
+        use_cpu=spec.device == "cpu",
         bf16=False,
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **task.both,
-        **task.theirs,
-        **spec.options,
+        **({"max_length": None} if spec.uncut else {}),
+        **{"per_device_train_batch_size": spec.samples or 8, "save_strategy": "no", **task.both, **task.theirs, **spec.options},
     )
     model: Any = spec.model
     if spec.adapter or task.trl[0] != "trl":  # the experimental trainers do not read the folder's dtype
@@ -283,12 +330,24 @@ def run_trl(spec: Spec) -> Recording:
     )
     record.loaded()
     record.startup_seconds -= record.reference_seconds
-    trainer.train()
+    limit_cuda(spec.cuda_growth)
+    trainer.train(resume_from_checkpoint=spec.resume)
     return record
+
+
+def limit_cuda(mib: float | None) -> None:
+    """Let this process take no more than `mib` of CUDA memory beside what it holds."""
+    if mib is not None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(
+            (torch.cuda.memory_reserved() + mib * 2**20) / torch.cuda.get_device_properties(0).total_memory
+        )
 
 
 def real_tokens(inputs: dict[str, Any]) -> int:
     """Tokens of the sequences that are trained on, by whatever masks a trainer has; those that only estimate a KL do not count."""
+    if "position_ids" in inputs:
+        return int(inputs["input_ids"].numel())  # rows are packed: nothing is padding
     names = ("attention_mask", "chosen_attention_mask", "rejected_attention_mask", "completion_attention_mask")
     found = [name for name in names if name in inputs] or ["prompt_mask", "completion_mask"]
     return sum(int(inputs[name].sum()) for name in found)
@@ -296,5 +355,8 @@ def real_tokens(inputs: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     given = Spec(**json.loads(Path(sys.argv[1]).read_text()))
-    done = {"fastalign": run_fastalign, "trl": run_trl}[given.side](given)
+    try:
+        done = {"fastalign": run_fastalign, "trl": run_trl}[given.side](given)
+    except torch.OutOfMemoryError:
+        done = Recording(out_of_memory=True)
     Path(given.result).write_text(json.dumps(asdict(done)))

@@ -20,13 +20,25 @@ class Shape:
     layers: int = 4
     prompt_words: tuple[int, int] = (5, 40)
     completion_words: tuple[int, int] = (5, 60)
+    positions: int = 1024  # that the model is made for
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a prompt with one completion and its end."""
+        return (sum(self.prompt_words) + sum(self.completion_words)) / 2 + 1
+
+    @property
+    def most_tokens(self) -> int:
+        return self.prompt_words[1] + self.completion_words[1] + 1
+
+    @property
+    def model_text(self) -> str:
+        return f"Qwen3 architecture, {self.layers} layers, hidden {self.hidden}, V={self.vocab_size}, tied embeddings"
 
     @property
     def text(self) -> str:
-        return (
-            f"Qwen3 architecture, {self.layers} layers, hidden {self.hidden}, V={self.vocab_size}, tied embeddings; prompts of "
-            f"{self.prompt_words[0]}-{self.prompt_words[1]} words, completions of {self.completion_words[0]}-{self.completion_words[1]}"
-        )
+        prompt, completion = self.prompt_words, self.completion_words
+        return f"{self.model_text}; prompts of {prompt[0]}-{prompt[1]} words, completions of {completion[0]}-{completion[1]}"
 
 
 QUICK = Shape(vocab_size=2048, hidden=64, layers=2, prompt_words=(3, 10), completion_words=(3, 15))
@@ -50,7 +62,7 @@ def write_model(folder: Path, shape: Shape) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=shape.hidden // 4,
-        max_position_embeddings=1024,
+        max_position_embeddings=shape.positions,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=0,
@@ -91,12 +103,13 @@ def random_ids(rng: random.Random, bounds: tuple[int, int], shape: Shape) -> lis
     return [rng.randrange(2, shape.vocab_size) for _ in range(rng.randint(*bounds))]
 
 
-def write_single(path: Path, rows: int, shape: Shape, *, seed: int = 0) -> Path:
-    """`rows` answers of random words, every other one desirable."""
+def write_single(path: Path, rows: int, shape: Shape, *, seed: int = 0, labels: bool = True) -> Path:
+    """`rows` answers of random words; with `labels` every other one is desirable."""
     pairs = [json.loads(line) for line in write_pairs(path, rows, shape, seed=seed).read_text(encoding="utf-8").splitlines()]
     with path.open("w", encoding="utf-8") as file:
         for k, row in enumerate(pairs):
-            file.write(json.dumps({"prompt": row["prompt"], "completion": row["chosen"], "label": k % 2 == 0}) + "\n")
+            single = {"prompt": row["prompt"], "completion": row["chosen"]}
+            file.write(json.dumps(single | ({"label": k % 2 == 0} if labels else {})) + "\n")
     return path
 
 

@@ -6,15 +6,17 @@ import json
 import math
 import mmap
 import statistics
+from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import results, table, training, training_page
 from bench.__main__ import main
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
 from bench.training_rows import Measurement
-from bench.training_sides import SIDES, TASKS, Recording
-from bench.workload import QUICK, write_model, write_pairs, write_rollouts
+from bench.training_sides import SIDES, TASKS, Recording, real_tokens
+from bench.workload import QUICK, Shape, write_model, write_pairs, write_rollouts
 
 RECORD = Recording(
     losses=[0.7] * 4,
@@ -76,6 +78,17 @@ def test_no_speed_for_a_wrong_answer(tmp_path, monkeypatch):
         training.check_steps("dpo", tmp_path, tmp_path, tmp_path, None)
 
 
+def test_a_packing_side_must_agree_too(tmp_path, monkeypatch):
+    packed = [1.0, 1.0, 1.0, 1.001]
+    monkeypatch.setattr(
+        training, "run", lambda _, spec: Recording(losses=packed if "packing" in spec.options else [1.0] * 4, grad_norms=[1.0] * 4)
+    )
+    with pytest.raises(SystemExit, match=r"losses differ.*TRL, packed"):
+        training.check_steps("sft", tmp_path, tmp_path, tmp_path, None)
+    packed[3] = 1.00001
+    training.check_steps("sft", tmp_path, tmp_path, tmp_path, None)
+
+
 def test_peak_memory_is_of_what_came_after_the_reset():
     touch(64 << 20)
     reset_peak_rss()
@@ -95,16 +108,38 @@ def touch(size: int) -> None:
 def test_without_a_name_the_benchmarks_are_listed_and_an_unknown_one_is_refused(capsys):
     assert main([]) == 0
     usage = capsys.readouterr().out
-    assert all(f"\n  {name} " in usage for name in ("head", "dpo", "kto", "orpo", "simpo", "grpo", "results"))
+    assert all(f"\n  {name} " in usage for name in ("head", "dpo", "kto", "orpo", "simpo", "grpo", "sft", "ladder", "costs", "results"))
     assert main(["nonsense"]) == 2
     assert capsys.readouterr().err == f"bench: there is no nonsense\n{usage}"
 
 
 def test_a_side_joins_where_its_options_mean_something():
     joined = {name: [side for side in SIDES if SIDES[side].joins(TASKS[name])] for name in TASKS}
-    assert joined["dpo"] == joined["kto"] == ["fastalign", "trl_default", "trl_no_checkpointing", "trl_fastest"]
-    assert joined["orpo"] == joined["simpo"] == ["fastalign", "trl_default", "trl_no_checkpointing"]
-    assert joined["grpo"] == ["fastalign", "fastalign_unshared", "trl_default", "trl_no_checkpointing"]
+    assert joined["dpo"] == ["fastalign", "fastalign_unshared", "trl_default", "trl_no_checkpointing", "trl_fastest"]
+    assert joined["kto"] == ["fastalign", "trl_default", "trl_no_checkpointing", "trl_fastest"]
+    assert joined["orpo"] == joined["simpo"] == joined["grpo"] == ["fastalign", "fastalign_unshared", "trl_default", "trl_no_checkpointing"]
+    assert joined["sft"] == ["fastalign", "trl_default", "trl_no_checkpointing", "trl_packed"]
+
+
+def test_a_packed_row_holds_a_step_and_cuts_nothing():
+    shape, task = Shape(prompt_words=(5, 10), completion_words=(10, 20)), TASKS["sft"]
+    assert SIDES["trl_packed"].fitted(task, shape)["max_length"] == 188  # 8 (7.5 + 15 + 1)
+    assert SIDES["trl_packed"].fitted(replace(task, samples=1), shape)["max_length"] == 31
+    assert SIDES["trl_default"].fitted(task, shape) == {}
+
+
+def test_prompts_of_pairs_can_be_longer_than_their_completions():
+    shapes = training.rows_of(TASKS["dpo"])
+    assert list(shapes) == ["full", "full 2:1", "lora", "lora 2:1"]
+    assert shapes["lora"] == (training.RANK, Shape())
+    long = shapes["full 2:1"][1]
+    assert sum(long.prompt_words) == 2 * sum(long.completion_words)
+
+
+def test_real_tokens_are_counted_without_padding():
+    padded = {"input_ids": torch.zeros(2, 4), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    assert real_tokens(padded) == 7
+    assert real_tokens({"input_ids": torch.zeros(1, 9), "position_ids": torch.zeros(1, 9)}) == 9
 
 
 def test_steps_of_grpo_come_in_pairs_that_share_their_answers(capsys):
@@ -156,7 +191,9 @@ def test_results_are_one_page_with_a_table_per_file(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "theirs", "suffix"), [("dpo", "trl_fastest", ""), ("grpo", "trl_no_checkpointing", " 4:1")])
+@pytest.mark.parametrize(
+    ("name", "theirs", "suffix"), [("dpo", "trl_fastest", " 2:1"), ("grpo", "trl_no_checkpointing", " 4:1"), ("sft", "trl_packed", "")]
+)
 def test_quick_benchmark_runs(tmp_path, name, theirs, suffix):
     assert main([name, "--quick", "--output", str(tmp_path / "results")]) == 0
     rows = table.read(tmp_path / "results" / f"{name}_cpu.csv", Measurement)
@@ -164,7 +201,7 @@ def test_quick_benchmark_runs(tmp_path, name, theirs, suffix):
         (f"{training}{suffix}", side) for training in ("full", "lora") for side in ("fastalign", theirs)
     ]
     assert len({row.tokens for row in rows}) == 1, "both sides count the same tokens"
-    assert all(row.tokens_per_second > 0 and row.steps == 4 for row in rows)
+    assert all(row.tokens_per_second > 0 and (row.steps == 4 or row.side == "trl_packed") for row in rows)
     assert rows[0].command == f"python -m bench {name} --quick"
     page = (tmp_path / "results" / f"{name}_cpu.md").read_text()
     assert results.pages(tmp_path / "results")[tmp_path / "results" / f"{name}_cpu.md"] == page
