@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +114,12 @@ def head_spec(model: nn.Module) -> HeadSpec:
     if linear.bias is not None and scale.before != 1.0:
         raise ModelError(f"{type(causal).__name__} scales the hidden states of a head with a bias, which the head operator cannot express")
     return HeadSpec(linear.weight, linear.bias, scale.before * scale.after, softcap, lora)
+
+
+def current_head(spec: HeadSpec, model: nn.Module) -> HeadSpec:
+    """`spec`, once measured of `model`, with the tensors and the adapter that its head has now; scale and cap are not measured again."""
+    linear, lora = _split_lora(active_module(causal_lm(model).get_output_embeddings()))
+    return replace(spec, weight=linear.weight, bias=linear.bias, lora=lora)
 
 
 def lm_head_weight(model: nn.Module) -> Tensor | None:
