@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
 from fastalign.train.folder import TEMPORARY, RunFolder, claim, publish, writing
 from fastalign.train.metrics import MetricsWriter, check_loggers
 from fastalign.train.optim import Optimizer, learning_rate
+from fastalign.train.profile import StepProfiler
 from fastalign.train.report import write_counts, write_report
 from fastalign.train.step import Order, check_lengths, check_vocabulary, micro_batches, run_step, to_floats, with_target
 from fastalign.types import Sample
@@ -91,11 +92,14 @@ class _Run:
         self.metrics: dict[str, float] = {}
         self.answers: list[dict[str, Any]] = []  # of an online step, to be written down
         self.eval_metrics: dict[str, float] = {}
+        self.profiler: StepProfiler | None = None
 
     def run(self) -> TrainResult:
         config, folder, total = self.config, self.folder, self.order.total_steps
         self._begin()
         self.model.train()
+        if config.profile:
+            self.profiler = StepProfiler(config.profile, total - self.progress.step, folder.path, self.model, self.device)
         logs = MetricsWriter(
             folder.path,
             loggers=config.loggers,
@@ -106,9 +110,12 @@ class _Run:
         )
         with logs, _stop_requests() as stop:
             while self.progress.step < total and not stop:
-                self._step()
+                with self.profiler.step() if self.profiler else nullcontext():
+                    self._step()
                 step = self.progress.step
                 if step % config.log_every == 0 or step == total:
+                    if self.profiler:
+                        self.metrics |= self.profiler.metrics()
                     logs.log(step, self.metrics)
                 logs.log_completions(step, self.answers)
                 self._check_numerics()
@@ -154,6 +161,8 @@ class _Run:
             logger.warning("%s; the step is skipped", self._name_nonfinite(values["loss"]))
         if isinstance(self.objective, Stateful):
             self.objective.after_step(progress.step)
+        if self.profiler:
+            self.profiler.count(bins, self.objective, share=config.share_prompts)
         num_tokens = sum(sample.num_tokens for sample in samples)
         progress.num_tokens += num_tokens
         spared = sum(map(spared_tokens, bins)) / num_tokens if config.share_prompts else 0.0
