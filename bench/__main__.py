@@ -7,7 +7,7 @@ from importlib import import_module
 
 from bench.training_sides import TASKS
 
-BENCHMARKS = {"head": "bench.head", **dict.fromkeys(TASKS, "bench.training")}
+BENCHMARKS = {"head": "bench.head", **dict.fromkeys(TASKS, "bench.training"), "plan": "bench.plan"}
 
 
 def main(argv: list[str]) -> int:

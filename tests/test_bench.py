@@ -71,7 +71,7 @@ def touch(size: int) -> None:
 
 def test_unknown_benchmark_is_refused(capsys):
     assert main(["nonsense"]) == 2
-    assert "usage: python -m bench {head,dpo,kto,orpo,simpo}" in capsys.readouterr().err
+    assert "usage: python -m bench {head,dpo,kto,orpo,simpo,plan}" in capsys.readouterr().err
 
 
 def test_pairs_are_the_same_on_every_call(tmp_path):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastalign.models.heads import lm_head_weight
+from fastalign.models.heads import active_module
 from fastalign.models.trunk import causal_lm, text_config
 
 # Dense bfloat16 TFLOP/s by the makers' data sheets; the first name that the device's own begins with or holds counts.
@@ -39,7 +39,7 @@ def model_flops(model: Any, tokens: int, lengths: Sequence[int], rows: int, *, b
     causal = causal_lm(model)
     config = text_config(causal)
     embeddings = {id(p) for p in causal.get_input_embeddings().parameters()}
-    head = lm_head_weight(model)
+    head = head_weight(model)
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
     trunk = 0.0
@@ -70,6 +70,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         (a @ b).view(-1)[0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best, f"the fastest of four products of {size} x {size}, {str(dtype).removeprefix('torch.')}, measured"
+
+
+def head_weight(model: Any) -> Tensor | None:
+    """(V, D) weight of the language-model head, read off its module without running it; None of a model that has another head."""
+    head = active_module(causal_lm(model).get_output_embeddings())
+    return None if head is None else getattr(head, "base_layer", head).weight
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
