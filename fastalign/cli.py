@@ -48,6 +48,7 @@ Trains language models on texts, preferences and rewards. Every command explains
   gkd          learn a teacher's distributions on the model's own answers: --model.path DIR --teacher.path DIR --data.path FILE ...
   eval         accuracy and margins on held-out pairs, perplexity of texts, calibration of rewards: --model.path RUN --data.path FILE
   label FILE   let a judge score completions: a function, or a model behind an OpenAI-compatible endpoint
+  plan         memory and arithmetic of a run before it starts, and what fits: --objective dpo --model.path DIR [options of the run]
   report RUN   write RUN/report.html and its curves again
   data check FILE   validate a data file and show rendered samples with the loss mask in colour
   data convert IN OUT   turn ratings, pairs, labels, rankings or edits into training data: --from ratings --to pairs
@@ -107,7 +108,9 @@ def _dispatch(words: list[str]) -> int:
     command, rest = words[0], words[1:]
     if command in ALGORITHMS:
         return _train(command, rest)
-    commands: dict[str, Callable[[list[str]], int]] = {"eval": _eval, "label": _label, "report": _report, "data": _data, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "eval": _eval, "label": _label, "plan": _plan, "report": _report, "data": _data, "demo": _demo,
+    }  # fmt: skip
     if command not in commands:
         from fastalign.train.options import nearest
 
@@ -163,6 +166,53 @@ def _label(argv: list[str]) -> int:
         return _print_help(LabelConfig, "fastalign label ROWS.jsonl --output JUDGED.jsonl --judge.* [options]")
     config = parse(["--path", *argv] if argv and not argv[0].startswith("--") else argv, LabelConfig)
     show(label(config), config)
+    return 0
+
+
+@dataclass
+class PlanConfig:
+    """Predicts the memory of a training run from its options and the model's config.json alone, and what fits on which device.
+
+    All options of the objective count too: fastalign OBJECTIVE --help. Data and output need not be named.
+    """
+
+    objective: str = "dpo"  # what is to be trained: sft, reward, dpo, orpo, cpo, simpo, kto, grpo or rloo
+    scored: float = 1.0  # share of the tokens that are scored: completions, not prompts
+    tflops: float | None = None  # TFLOP/s that the device reaches, to tell seconds (a run with --profile 2 says)
+
+
+def _plan(argv: list[str]) -> int:
+    from fastalign.train.config import parse
+    from fastalign.train.options import nearest
+
+    if _wants_help(argv):
+        return _print_help(
+            PlanConfig, "fastalign plan --objective NAME --model.path DIR [--scored SHARE] [--tflops X] [options of the run]"
+        )
+    own: list[str] = []
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        mine = word.partition("=")[0] in ("--objective", "--scored", "--tflops")
+        (own if mine else rest).append(word)
+        if mine and "=" not in word and words:
+            own.append(words.pop(0))
+    options = parse(own, PlanConfig)
+    if options.objective not in ALGORITHMS:
+        near = nearest(options.objective, ALGORITHMS)
+        raise ConfigError(f"objective {options.objective!r} is not known; " + (f"did you mean {near}?" if near else ", ".join(ALGORITHMS)))
+    if options.tflops is not None and not options.tflops > 0:
+        raise ConfigError(f"tflops must be positive, got {options.tflops}")
+    module, class_name = ALGORITHMS[options.objective]
+    config = parse(rest, getattr(import_module(module), class_name))
+    config.output, config.data.path = config.output or "run", config.data.path or "data.jsonl"  # neither is looked at
+    config.validate()
+    from rich.console import Console
+
+    planning = import_module("fastalign.train.plan")
+    _no_foreign_bars()
+    planning.show(config, planning.plan(config, scored=options.scored), Console(), tflops=options.tflops)
     return 0
 
 

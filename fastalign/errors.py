@@ -40,6 +40,10 @@ class NumericsError(FastalignError, ArithmeticError):
     """The loss or the gradient stayed non-finite for longer than the run allows."""
 
 
+class DeviceMemoryError(FastalignError, MemoryError):
+    """The device has no room for a single sample."""
+
+
 class JudgeError(FastalignError, RuntimeError):
     """A judge did not answer, or its answer holds no verdict."""
 

@@ -144,6 +144,8 @@ class RunConfig:
     """basic leaves out entropy, logits/* and mean_token_accuracy, which need more work on every row of logits."""
     logits_budget: int | None = None
     """Bytes of scratch for logits; null: 2 % of the memory, as a power of two."""
+    profile: int = 0
+    """Profile this many steps, after two of warm-up: writes profile.md (where the time goes) and profile.json (a trace)."""
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that is out of range or contradicts another one."""
@@ -159,7 +161,7 @@ class RunConfig:
             raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
         for option in ("batch_size", "max_tokens", "keep_checkpoints", "log_every", "max_nonfinite"):
             self._require(option, getattr(self, option) >= 1, "at least 1")
-        for option in ("eval_every", "save_every", "seed"):
+        for option in ("eval_every", "save_every", "seed", "profile"):
             self._require(option, getattr(self, option) >= 0, "0 or more")
         for option in ("learning_rate", "weight_decay"):
             self._require(option, 0 <= getattr(self, option) < math.inf, "0 or more and finite")

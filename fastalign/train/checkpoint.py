@@ -42,6 +42,7 @@ class Progress:
     num_tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    max_tokens: int | None = None  # per micro-batch, since the device ran out of memory; None: as the options say
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def save(
         folder.mkdir(exist_ok=True)
         temporary.mkdir()
         try:
-            parts = {"weights": weights, "optimizer": optimizer, "rng": _rng_state(), **({"objective": objective} if objective else {})}
+            parts = {"weights": weights, "optimizer": optimizer, "rng": rng_state(), **({"objective": objective} if objective else {})}
             for name, tensors in parts.items():
                 save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
             files = {f.name: [f.stat().st_size, _crc(f)] for f in sorted(temporary.iterdir())}
@@ -204,7 +205,8 @@ def restore_rng(saved: Mapping[str, Tensor]) -> None:
     random.setstate((3, tuple(saved["python"].tolist()), None if gauss != gauss else gauss))
 
 
-def _rng_state() -> dict[str, Tensor]:
+def rng_state() -> dict[str, Tensor]:
+    """The states of all generators, as `restore_rng` takes them."""
     _, key, position, has_gauss, cached = np.random.get_state()
     _, python, gauss = random.getstate()
     state = {

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
-from fastalign.errors import NumericsError
+from fastalign.errors import DeviceMemoryError, ModelError, NumericsError
 from fastalign.models.adapters import POLICY, has_adapter
 from fastalign.models.critic import save_critic
 from fastalign.models.fingerprint import model_fingerprint
@@ -24,19 +26,23 @@ from fastalign.models.heads import lm_head_weight
 from fastalign.models.save import save_final
 from fastalign.models.trunk import causal_lm
 from fastalign.objectives.base import Online, RunConfig, Stateful
-from fastalign.packing import collate, spared_tokens
+from fastalign.packing import collate, packed_tokens, spared_tokens
 from fastalign.train import checkpoint
 from fastalign.train.card import write_card
 from fastalign.train.checkpoint import Found, Identity, Progress
 from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
 from fastalign.train.folder import TEMPORARY, RunFolder, claim, publish, writing
-from fastalign.train.metrics import MetricsWriter, check_loggers
+from fastalign.train.footprint import footprint_of_steps
+from fastalign.train.metrics import MetricsWriter, check_loggers, memory, rss_bytes
 from fastalign.train.optim import Optimizer, learning_rate
+from fastalign.train.profile import StepProfiler
 from fastalign.train.report import write_counts, write_report
 from fastalign.train.step import Order, check_lengths, check_vocabulary, micro_batches, run_step, to_floats, with_target
 from fastalign.types import Sample
 
 logger = logging.getLogger("fastalign")
+
+TOLD_FROM = 1 << 30  # bytes: of less memory the log does not speak
 
 Callback = Callable[[int, dict[str, float]], None]
 
@@ -85,6 +91,7 @@ class _Run:
             data=self.data.fingerprint,
             model=model_fingerprint(self.model, skip_adapter=POLICY if has_adapter(self.model) else None),
         )
+        self.rss_before = rss_bytes()  # what is there without training
         self.optimizer = Optimizer(self.model, config, head_weight=head_weight, embedding=embedding)
         config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
         self.progress = Progress()
@@ -92,11 +99,16 @@ class _Run:
         self.metrics: dict[str, float] = {}
         self.answers: list[dict[str, Any]] = []  # of an online step, to be written down
         self.eval_metrics: dict[str, float] = {}
+        self.profiler: StepProfiler | None = None
+        self.predicted = 0  # bytes at the peak
 
     def run(self) -> TrainResult:
         config, folder, total = self.config, self.folder, self.order.total_steps
         self._begin()
         self.model.train()
+        self._predict()
+        if config.profile:
+            self.profiler = StepProfiler(config.profile, total - self.progress.step, folder.path, self.model, self.device)
         logs = MetricsWriter(
             folder.path,
             loggers=config.loggers,
@@ -107,9 +119,12 @@ class _Run:
         )
         with logs, _stop_requests() as stop:
             while self.progress.step < total and not stop:
-                self._step()
+                with self.profiler.step() if self.profiler else nullcontext():
+                    self._step()
                 step = self.progress.step
                 if step % config.log_every == 0 or step == total:
+                    if self.profiler:
+                        self.metrics |= self.profiler.metrics()
                     logs.log(step, self.metrics)
                 logs.log_completions(step, self.answers)
                 self._check_numerics()
@@ -125,6 +140,7 @@ class _Run:
         if stop and self.progress.step < total:
             logger.warning("%s: stopped by %s after step %d/%d; continue with --resume", folder.path, stop[0], self.progress.step, total)
             return TrainResult(folder.path, self.progress.step, self.metrics, self.eval_metrics, interrupted=stop[0])
+        self._compare_memory()
         self._finish()
         return TrainResult(folder.path, total, self.metrics, self.eval_metrics)
 
@@ -139,8 +155,7 @@ class _Run:
             self.answers = self.objective.shown(progress.step + 1)
         rate = learning_rate(progress.step, self.order.total_steps, config)
         self.optimizer.zero_grad()
-        bins = micro_batches(samples, config.max_tokens, share=config.share_prompts)
-        sums, denominators = run_step(self.objective, bins, device=self.device, share=config.share_prompts)
+        bins, sums, denominators = self._run_step(samples)
         grad_norm = self.optimizer.grad_norm()
         values = to_floats({**sums, "grad_norm": grad_norm})  # the step's one wait for the device
         norm = values.pop("grad_norm")
@@ -155,6 +170,8 @@ class _Run:
             logger.warning("%s; the step is skipped", self._name_nonfinite(values["loss"]))
         if isinstance(self.objective, Stateful):
             self.objective.after_step(progress.step)
+        if self.profiler:
+            self.profiler.count(bins, self.objective, share=config.share_prompts)
         num_tokens = sum(sample.num_tokens for sample in samples)
         progress.num_tokens += num_tokens
         spared = sum(map(spared_tokens, bins)) / num_tokens if config.share_prompts else 0.0
@@ -171,7 +188,65 @@ class _Run:
             "perf/tokens_per_second": num_tokens / seconds,
             "perf/spared_tokens": spared,
         }
+        if self.predicted:
+            metrics["mem/predicted_gib"] = self.predicted / 2**30
         self.metrics = metrics
+
+    def _run_step(
+        self, samples: Sequence[Sample], *, backward: bool = True
+    ) -> tuple[list[list[Sample]], dict[str, Tensor], dict[str, float]]:
+        """`run_step` on micro-batches that fit: where the device runs out of memory, all of it is repeated with smaller ones.
+
+        Gradients and random numbers are put back first, and a step does not depend on how it is cut, so the result is the same.
+        """
+        share, progress = self.config.share_prompts, self.progress
+        while True:
+            limit = progress.max_tokens or self.config.max_tokens
+            bins = micro_batches(samples, limit, share=share)
+            before = checkpoint.rng_state()
+            try:
+                return bins, *run_step(self.objective, bins, device=self.device, backward=backward, share=share)
+            except torch.OutOfMemoryError:
+                longest = max((packed_tokens(sample, share=share), sample.index) for sample in samples)
+                if len(bins) == len(samples) or limit <= longest[0]:
+                    raise DeviceMemoryError(
+                        f"step {progress.step + 1}: out of memory on {self.device} with micro-batches of one sample (the longest is row "
+                        f"{longest[1]}, {longest[0]} tokens). Set --model.gradient_checkpointing true, --lora.r 16, a smaller "
+                        "--data.max_length or --logits_budget; fastalign plan says what each of them saves"
+                    ) from None
+            progress.max_tokens = max(longest[0], limit // 2)  # here, where no traceback holds the step's tensors any more
+            checkpoint.restore_rng(before)
+            if backward:
+                self.optimizer.zero_grad()
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            logger.warning(
+                "out of memory with micro-batches of %d tokens: going on with --max_tokens %d, which gives the same result",
+                limit, progress.max_tokens,
+            )  # fmt: skip
+
+    def _predict(self) -> None:
+        """What the run will need, from its first steps; nothing where they are not known, or the model cannot run without storage."""
+        if isinstance(self.objective, Online):
+            return
+        steps = range(self.progress.step, min(self.progress.step + 16, self.order.total_steps))
+        limit = self.progress.max_tokens or self.config.max_tokens
+        try:
+            found = footprint_of_steps(self.model, self.config, map(self._samples, steps), max_tokens=limit)
+        except ModelError as error:
+            logger.debug("memory is not predicted: %s", error)
+            return
+        self.predicted = found.peak if self.device.type == "cuda" else self.rss_before + found.growth
+        if found.peak >= TOLD_FROM:
+            logger.info("memory: %.2f GiB predicted at the peak (%s)", self.predicted / 2**30, found)
+
+    def _compare_memory(self) -> None:
+        """How good the prediction was."""
+        peak = memory()["mem/peak_cuda_gib" if self.device.type == "cuda" else "mem/peak_rss_gib"]
+        if self.predicted and peak * 2**30 >= TOLD_FROM:
+            predicted = self.predicted / 2**30
+            logger.info("memory: %.2f GiB at the peak, %.2f GiB predicted (%+.1f %%)", peak, predicted, 100 * (predicted / peak - 1))
 
     def _name_nonfinite(self, loss: float) -> str:
         names = self.optimizer.nonfinite_gradients()
@@ -198,9 +273,7 @@ class _Run:
                 self.eval_metrics = {f"eval_{name}": value for name, value in self.objective.evaluate(self.data.eval_samples).items()}
             return
         self.model.eval()
-        share = self.config.share_prompts
-        bins = micro_batches(self.data.eval_samples, self.config.max_tokens, share=share)
-        sums, denominators = run_step(self.objective, bins, device=self.device, backward=False, share=share)
+        _, sums, denominators = self._run_step(self.data.eval_samples, backward=False)
         self.model.train()
         metrics = self.objective.metrics(to_floats(sums), denominators)
         self.eval_metrics = {f"eval_{name}": value for name, value in metrics.items()}

@@ -151,16 +151,27 @@ def memory() -> dict[str, float]:
     return found
 
 
+def rss_bytes() -> int:
+    """Resident memory of this process now, or where the system does not tell, its peak."""
+    return _status("VmRSS") or peak_rss_bytes()
+
+
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process. Linux's own high-water mark, as getrusage's includes what a parent had at the fork."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if found := _status("VmHWM"):
+        return found
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(key: str) -> int:
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def check_loggers(names: Sequence[str]) -> None:

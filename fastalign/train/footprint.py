@@ -1,0 +1,299 @@
+"""What a training step holds in memory, known before it runs.
+
+The step runs on tensors without storage (torch's fake tensors): the model's own forward and backward, with a stand-in for its head
+that allocates what `head.plan` says. Every allocation and every release is counted, as the real step's allocator would see
+them, so that gradient checkpointing, adapters and whatever a model's layers keep need no formula of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastalign.errors import ModelError
+from fastalign.head.function import PITCH
+from fastalign.head.plan import ROW_SCRATCH, Plan, make_plan
+from fastalign.models.trunk import causal_lm, trunk
+from fastalign.objectives.base import RunConfig
+from fastalign.packing import collate, pack_samples, spared_tokens
+from fastalign.train.flops import head_weight
+from fastalign.types import PackedBatch, Sample
+
+PIECES = 4  # sequences of the batch that is run: what they are cut into hardly changes what is kept
+
+# What holds memory, in the order of the table.
+WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD = PARTS = (
+    "weights",
+    "reference copy",
+    "float32 copies of weights",
+    "optimizer state",
+    "gradients",
+    "activations",
+    "head",
+    "temporaries of the backward",
+)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the highest moment of a step, by part."""
+
+    parts: dict[str, int]
+    moment: str  # "micro-batch" or "optimizer"
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        """The parts in GiB, largest first.
+
+        >>> print(Footprint({"weights": 3 << 30, "gradients": 1 << 30, "head": 0}, "optimizer"))
+        weights 3.00, gradients 1.00
+        """
+        largest = sorted(self.parts.items(), key=lambda part: -part[1])
+        return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in largest if size >= 2**30 / 200)
+
+    @property
+    def growth(self) -> int:
+        """Above the weights, which are there before training."""
+        return self.peak - self.parts[WEIGHTS]
+
+
+def footprint(
+    model: nn.Module,
+    config: RunConfig,
+    *,
+    tokens: int,
+    rows: int | None = None,
+    accumulates: bool = True,
+    device: torch.device | str = "cpu",
+) -> Footprint:
+    """The highest moment of steps of `model` (on any device, meta included) whose largest micro-batch has `tokens` tokens.
+
+    rows         of them are scored; None: all
+    accumulates  a step has several micro-batches, so that gradients of the first are there during the second
+    device       that training runs on: it decides the head's slabs
+
+    From the second step on, that is: with the optimizer's state. The sampling of online training is not in it, nor the forward of a
+    reference, which holds less than the step's own, nor what libraries and Python need. Raises ModelError for a model whose
+    layers look into their tensors.
+    """
+    rows = tokens if rows is None else rows
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    masters = [p for p in trained.values() if config.master_weights and p.dtype != torch.float32]
+    weights = sum(map(_bytes, _tensors(model)))
+    held = dict.fromkeys(PARTS, 0)
+    held[WEIGHTS] = weights
+    held[REFERENCE] = weights if keeps_copy(config) else 0
+    held[MASTERS] = sum(4 * p.numel() for p in masters)
+    copied = {id(p) for p in masters}
+    wide = {key: 4 if key in copied else p.element_size() for key, p in trained.items()}
+    held[MOMENTS] = sum(2 * wide[key] * p.numel() for key, p in trained.items())
+    gradients = sum(wide[key] * p.numel() for key, p in trained.items())
+    update = {**held, GRADIENTS: gradients}
+
+    try:
+        own = _run(model, config, copied, tokens, max(1, rows), accumulates, torch.device(device))
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # of a layer that looks into its tensors
+        name = type(causal_lm(model)).__name__
+        raise ModelError(f"{name} cannot run on tensors without storage, so its memory is not predicted: {error}") from error
+    step = {name: held[name] + own.get(name, 0) for name in PARTS}
+    return Footprint(step, "micro-batch") if sum(step.values()) >= sum(update.values()) else Footprint(update, "optimizer")
+
+
+def footprint_of_steps(model: nn.Module, config: RunConfig, steps: Iterable[Sequence[Sample]], *, max_tokens: int) -> Footprint:
+    """The highest moment of these steps, by their largest micro-batch, on the device where `model` is."""
+    share = config.share_prompts
+    tokens = rows = 0
+    accumulates = False
+    for samples in steps:
+        bins = [[samples[i] for i in members] for members in pack_samples(samples, max_tokens, share=share)]
+        accumulates |= len(bins) > 1
+        for members in bins:
+            spared = spared_tokens(members) if share else 0
+            held = sum(sample.num_tokens for sample in members) - spared, sum(sample.num_targets for sample in members)
+            tokens, rows = max((tokens, rows), held)
+    device = next(model.parameters()).device
+    return footprint(model, config, tokens=tokens, rows=rows, accumulates=accumulates, device=device)
+
+
+def keeps_copy(config: Any) -> bool:
+    """Whether the run holds a second model as its reference."""
+    return getattr(config, "reference", None) == "copy" or bool(getattr(config, "sync_ref_model", False))
+
+
+def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.device) -> Plan | None:
+    """How the head would be computed for the policy; None of a model without one."""
+    weight = head_weight(model)
+    if weight is None:
+        return None
+    return make_plan(
+        rows,
+        *weight.shape,
+        dtype=weight.dtype,
+        device=device,
+        head_grad=weight.requires_grad,
+        local_loss=True,
+        impl="auto" if device.type == "cpu" or torch.cuda.is_available() else "torch",
+        budget=config.logits_budget,
+    )
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of the storages that live, by the label of their allocation, and keeps the count of the highest moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = ACTIVATIONS
+        self.owners: dict[int, tuple[str, int]] = {}
+        self.live: dict[str, int] = {}
+        self.highest: dict[str, int] = {}
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+    def add(self, tensor: Tensor, label: str | None = None) -> None:
+        """Count the storage of `tensor` until it is released, if it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.owners:
+            weakref.finalize(storage, self._release, key)
+            self.owners[key] = ("", 0)
+            self._move(key, label or self.label, storage.nbytes())
+        elif label is not None:
+            size = self.owners[key][1]
+            self._release(key)
+            self._move(key, label, size)
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Of what is counted elsewhere."""
+        self.owners[tensor.untyped_storage()._cdata] = ("", 0)
+
+    def _move(self, key: int, label: str, size: int) -> None:
+        self.owners[key] = (label, size)
+        self.live[label] = self.live.get(label, 0) + size
+        self.total += size
+        if self.total > self.peak:
+            self.peak, self.highest = self.total, dict(self.live)
+
+    def _release(self, key: int) -> None:
+        label, size = self.owners.pop(key)
+        if size:
+            self.live[label] -= size
+            self.total -= size
+
+
+class _Head(torch.autograd.Function):
+    """Allocates what `LinearLoss` does: a tile, statistics, the gradient of the hidden states, and of the weight without a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: Plan, buffered: bool) -> Tensor:
+        work = torch.promote_types(hidden.dtype, torch.float32)
+        grads = [torch.empty_like(hidden) if hidden.requires_grad else None, None]
+        d_weight = torch.empty_like(weight, dtype=work) if weight.requires_grad and not buffered else None
+        tile = hidden.new_empty(plan.slab_rows, -(-plan.tile_cols // PITCH) * PITCH, dtype=work)
+        scratch = [tile, hidden.new_empty(ROW_SCRATCH, dtype=torch.uint8), hidden.new_empty(plan.slab_rows, hidden.shape[1], dtype=work)]
+        del tile, scratch
+        if d_weight is not None:
+            grads[1] = d_weight.to(weight.dtype)
+        ctx.save_for_backward(*grads)
+        return hidden.new_zeros((), dtype=work)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.saved_tensors, None, None)
+
+
+def _run(
+    model: nn.Module, config: RunConfig, copied: set[int], tokens: int, rows: int, accumulates: bool, device: torch.device
+) -> dict[str, int]:
+    """The parts of the highest moment of one micro-batch, on fake tensors."""
+    plan = head_plan(model, config, rows, device)
+    before = torch.get_rng_state()
+    try:
+        with FakeTensorMode() as mode:
+            fakes = {id(v): _fake(v) for v in _tensors(model)}
+            fake = copy.deepcopy(model, dict(fakes))
+            weight, originals = head_weight(fake), {id(fakes[key]): key for key in fakes}
+            ledger = Ledger()
+            for value in fakes.values():
+                ledger.ignore(value)
+            parameters = [p for p in fake.parameters() if p.requires_grad]
+            for p in parameters:
+                with_copy = originals[id(p)] in copied
+                if with_copy or accumulates or p is weight:
+                    buffer = torch.empty(p.shape, dtype=torch.float32 if with_copy else p.dtype)
+                    ledger.add(buffer, GRADIENTS)
+                    if with_copy:
+                        p.main_grad = buffer  # type: ignore[attr-defined]
+                    else:
+                        p.grad = buffer
+                p.register_post_accumulate_grad_hook(lambda p: _accumulated(p, ledger))
+            batch = _moved(_batch(tokens), mode)
+            fake.train()
+            with ledger:
+                hidden = trunk(fake, batch).hidden
+                ledger.label = HEAD
+                if weight is None or plan is None:
+                    loss = hidden[:rows].float().sum()
+                else:
+                    live = hidden.index_select(0, torch.arange(rows)).to(weight.dtype)
+                    buffered = weight.grad is not None or hasattr(weight, "main_grad")
+                    loss = _Head.apply(live, weight, plan, buffered)
+                    del live
+                del hidden
+                ledger.label = BACKWARD
+                loss.backward()
+            return ledger.highest
+    finally:
+        torch.set_rng_state(before)
+
+
+def _accumulated(p: Any, ledger: Ledger) -> None:
+    if hasattr(p, "main_grad"):  # its gradient was added there
+        p.grad = None
+    elif p.grad is not None:
+        ledger.add(p.grad, GRADIENTS)
+
+
+def _batch(tokens: int) -> PackedBatch:
+    pieces = max(1, min(PIECES, tokens // 2))
+    lengths = [max(2, tokens // pieces + (k < tokens % pieces)) for k in range(pieces)]
+    return collate([Sample(k, (0,), ((0,) * (length - 1),)) for k, length in enumerate(lengths)])
+
+
+def _moved(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
+    values: dict[str, Any] = {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in vars(batch).items()}
+    return PackedBatch(**values)
+
+
+def _fake(value: Tensor) -> Tensor:
+    made = torch.empty(value.shape, dtype=value.dtype)
+    return nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    seen: set[int] = set()
+    for value in (*model.parameters(), *model.buffers()):
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield value
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,207 @@
+"""Predicted memory: the parts that have a formula, activations against what autograd saves, and `fastalign plan`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killing import no_report
+from tiny import preference_rows, save_tiny, tiny_model
+
+from fastalign import cli, train
+from fastalign.data.config import DataConfig
+from fastalign.errors import ConfigError, ModelError
+from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.load import load_model
+from fastalign.models.trunk import trunk
+from fastalign.objectives.distill import DistillConfig
+from fastalign.objectives.dpo import DPOConfig
+from fastalign.objectives.reward import RewardConfig
+from fastalign.train import plan as planning
+from fastalign.train.footprint import _batch, footprint
+from fastalign.train.metrics import read_metrics
+
+
+def model(**options: Any) -> Any:
+    return load_model(tiny_model("qwen3", hidden_size=64, layers=3), **options)
+
+
+def size(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_the_parts_that_have_a_formula() -> None:
+    full = model()
+    weights, buffers = size(full.parameters()), size(full.buffers())
+    found = footprint(full, DPOConfig(), tokens=2048)
+    assert found.moment == "micro-batch"
+    assert found.parts["weights"] == weights + buffers
+    assert found.parts["optimizer state"] == 2 * weights
+    assert found.parts["gradients"] == weights  # of the micro-batches before
+    assert found.parts["reference copy"] == found.parts["float32 copies of weights"] == 0
+    assert found.growth == found.peak - found.parts["weights"]
+
+    head = full.get_output_embeddings().weight
+    alone = footprint(full, DPOConfig(), tokens=2048, accumulates=False)
+    assert alone.parts["gradients"] == size([head])  # the buffer that the head adds to
+    assert footprint(full, DPOConfig(reference="copy"), tokens=64).parts["reference copy"] == weights + buffers
+
+    half = model(dtype="bfloat16")
+    wide = footprint(half, DPOConfig(), tokens=64).parts
+    assert wide["float32 copies of weights"] == 2 * size(half.parameters()) == wide["optimizer state"] / 2
+    assert footprint(half, DPOConfig(master_weights=False), tokens=64).parts["optimizer state"] == 2 * size(half.parameters())
+
+    adapted = model(lora=LoraConfig(r=4))
+    trained = size(p for p in adapted.parameters() if p.requires_grad)
+    assert footprint(adapted, DPOConfig(), tokens=2048).parts["optimizer state"] == 2 * trained
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("r", [0, 4])
+def test_activations_are_what_autograd_saves(r: int, checkpointing: bool) -> None:
+    """A real forward, whose saved tensors are counted once per storage, parameters apart."""
+    real = model(lora=LoraConfig(r=r), gradient_checkpointing=checkpointing).train()
+    own = {p.untyped_storage()._cdata for p in (*real.parameters(), *real.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    tokens = 2048
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = trunk(real, _batch(tokens)).hidden
+    expected = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
+    found = footprint(real, DPOConfig(logits_budget=1 << 20), tokens=tokens, accumulates=False).parts
+    if checkpointing:  # the moment of the peak is in the backward, where one layer is there in full
+        layer = footprint(model(lora=LoraConfig(r=r)), DPOConfig(logits_budget=1 << 20), tokens=tokens).parts["activations"] / 3
+        assert expected < layer
+        assert found["activations"] + found["temporaries of the backward"] < expected + 2.5 * layer
+    else:
+        assert found["activations"] == pytest.approx(expected, rel=0.05)
+    assert hidden.requires_grad
+
+
+def test_the_model_and_its_random_numbers_are_left_alone() -> None:
+    real = model(lora=LoraConfig(r=4, dropout=0.3))
+    before = {name: value.clone() for name, value in real.state_dict().items()}
+    torch.manual_seed(5)
+    drawn = torch.rand(2)
+    torch.manual_seed(5)
+    footprint(real, DPOConfig(), tokens=256)
+    assert torch.equal(torch.rand(2), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in real.state_dict().items())
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in real.parameters())
+
+
+def test_a_model_that_looks_into_its_tensors_is_named() -> None:
+    broken = model()
+    layer = broken.model.layers[0].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) if float(x.sum()) else x
+    with pytest.raises(ModelError, match="Qwen3ForCausalLM cannot run on tensors without storage, so its memory is not predicted"):
+        footprint(broken, DPOConfig(), tokens=64)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder without weights."""
+    save_tiny(tmp_path / "whole", "qwen3")
+    (tmp_path / "model").mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_plan_is_that_of_the_loaded_model(folder: Path) -> None:
+    options = [{}, {"lora": LoraConfig(r=4)}, {"model": ModelConfig(gradient_checkpointing=True, dtype="bfloat16")}]
+    for given in options:
+        config = DPOConfig(**{"max_tokens": 512, "model": ModelConfig(), **given})
+        config.model.path = str(folder)
+        whole = load_model(str(folder.parent / "whole"), lora=config.lora, dtype=config.model.dtype)
+        if config.model.gradient_checkpointing:
+            whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert planning.plan(config).now == footprint(whole, config, tokens=512)
+
+
+def test_what_is_said_to_fit_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "CONTEXT", 0.0)
+    monkeypatch.setattr(planning, "SIZES", (0.02, 0.1))
+    config = DPOConfig(model=ModelConfig(path=str(folder)), max_tokens=1024, logits_budget=1 << 20)
+    outlook = planning.plan(config)
+    for gigabytes, most in outlook.fits:
+        assert most % 64 == 0 < most
+        room = gigabytes * 1e9 / (1 + planning.WASTE)
+        empty = planning.empty_model(config)
+        assert 0.8 * room < footprint(empty, config, tokens=most).peak <= room
+    assert all(peak < outlook.now.peak for text, peak in outlook.remedies if text.startswith(("--max_tokens", "--model.gradient")))
+    assert planning.largest([(512, 100.0), (2048, 200.0)], 99.0) == 0
+
+
+def test_the_command_prints_what_it_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["plan", "--model.path", str(folder), "--max_tokens", "2048"]
+    assert cli.main([*base, "--objective=dpo", "--reference", "copy", "--tflops", "2", "--scored", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "reference copy",
+        "optimizer state",
+        "activations",
+        "peak (",
+        "what fits",
+        "--reference cache",
+        "tokens/s",
+        "head: schedule slab",
+    ):
+        assert text in shown.replace("\n", " "), text
+    for objective in ("sft", "reward", "kto", "orpo", "grpo"):
+        extra = ["--rewards", "length"] if objective == "grpo" else []
+        assert cli.main([*base, "--objective", objective, *extra]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    for words, message in (
+        (["--objective", "dpp"], "objective 'dpp' is not known; did you mean dpo?"),
+        (["--tflops", "0"], "tflops must be positive"),
+        (["--scored", "2"], "scored must be a share in (0, 1], got 2"),
+        (["--betta", "1"], "betta"),
+        (["--beta", "-1"], "beta must be positive"),
+    ):
+        assert cli.main([*base, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_objectives_of_other_models(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="plan does not know the memory of distill"):
+        planning.plan(DistillConfig(model=ModelConfig(path=str(folder))))
+    config = RewardConfig(model=ModelConfig(path=str(folder)), max_tokens=512)
+    outlook = planning.plan(config)
+    assert outlook.flops.head < 0.01 * outlook.flops.trunk
+
+
+def test_a_run_tells_the_prediction_and_its_error(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr("fastalign.train.loop.write_report", no_report)
+    monkeypatch.setattr("fastalign.train.loop.TOLD_FROM", 1)
+    caplog.set_level(logging.INFO, logger="fastalign")
+    data = folder.parent / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(12)))
+    config = DPOConfig(model=ModelConfig(path=str(folder.parent / "whole")), data=DataConfig(path=str(data)), output=str(folder / "run"))
+    train(config)
+    rows = read_metrics(folder / "run" / "metrics.jsonl")
+    assert len({row["mem/predicted_gib"] for row in rows}) == 1
+    assert 0.5 < rows[0]["mem/predicted_gib"] / rows[-1]["mem/peak_rss_gib"] < 1.5
+    assert "GiB predicted at the peak (" in caplog.text
+    assert "GiB at the peak, " in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "LoRA, checkpointing"])
+def test_the_prediction_is_that_of_a_measurement(name: str, tmp_path: Path) -> None:
+    from bench.plan import BATCH, CONFIGS, STEPS, run
+    from bench.workload import Shape, write_model, write_pairs
+
+    written, data = write_model(tmp_path / "model", Shape()), write_pairs(tmp_path / "data.jsonl", STEPS * BATCH, Shape())
+    predicted, measured = run(tmp_path, written, data, CONFIGS[name])
+    assert predicted == pytest.approx(measured, rel=0.1)
