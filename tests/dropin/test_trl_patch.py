@@ -59,6 +59,7 @@ TRAINERS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
         "grpo",
         {"num_generations": 4, "max_completion_length": 6, "beta": 0.1, "entropy_coef": 0.01},
     ),
+    "rloo": (trl.RLOOTrainer, trl.RLOOConfig, "grpo", {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}),
     "orpo": (ORPOTrainer, ORPOConfig, "pairs", {"beta": 0.4, "max_length": 64}),
     "cpo": (CPOTrainer, CPOConfig, "pairs", {"cpo_alpha": 0.5, "max_length": 64}),
     "simpo": (CPOTrainer, CPOConfig, "pairs", {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "max_length": 64}),
