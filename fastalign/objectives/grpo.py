@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
@@ -19,7 +19,7 @@ from fastalign.losses.policy import KL_ESTIMATES, POLICY_LOSSES, PolicyOutput, c
 from fastalign.losses.weights import importance_weights, off_policy_mask, sampling_drift, top_entropy_mask
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset
-from fastalign.objectives.online import OnlineConfig, Rollout, Rollouts
+from fastalign.objectives.online import Buffered, OnlineConfig, Rollout, Rollouts
 from fastalign.segments import segment_expand, segments_in
 from fastalign.types import HeadOutput, PackedBatch, Sample
 
@@ -127,7 +127,7 @@ def loss_options(config: GRPOConfig) -> dict[str, Any]:
     return options | config.loss_options
 
 
-class GRPO:
+class GRPO(Buffered):
     """loss = aggregate over the step's answers of (policy loss + beta KL) - entropy_coef * mean entropy; see losses.policy.
 
     An answer whose advantage is 0 has no gradient where there is neither penalty nor bonus: it is left out of the forward, too,
@@ -135,6 +135,8 @@ class GRPO:
     for steps_per_generation > 1. The weight of a prompt multiplies its advantages. Metrics are TRL's: of rewards and lengths over
     the generation, of ratios, KL and entropy over the tokens that were trained on.
     """
+
+    config: GRPOConfig
 
     def __init__(self, config: GRPOConfig, model: Any, data: Prompts) -> None:
         self.config, self.model = config, model
@@ -146,8 +148,6 @@ class GRPO:
         self.level = config.importance_sampling_level
         self.kl_coef, self.entropy_coef, self.options = config.beta, config.entropy_coef, loss_options(config)
         self.outputs = ("logps", "entropy") if config.metrics == "full" or self.entropy_coef else ("logps",)
-        self.rollouts: Rollouts | None = None
-        self.generation = -1
         self.high_entropy: Tensor | None = None  # (T,) bool, the tokens of this step that have a policy term; None: all
         self.answers: list[int] = []  # of this step, the places of all its answers in the rollouts
 
@@ -162,14 +162,13 @@ class GRPO:
 
     def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
         config = self.config
-        generation, position = divmod(step, config.steps_per_draw)
-        if self.rollouts is None or self.generation != generation:
-            self.rollouts, self.generation = self.rollout.roll(prompts, (config.seed, 1 + generation), refill=config.refill), generation
+        if (generation := self._begin(step)) is not None:
+            self.rollouts = self.rollout.roll(prompts, (config.seed, 1 + generation), refill=config.refill)
             weight = torch.tensor([self.rollout.prompt_of[index].weight for index in self.rollouts.prompts.tolist()])
             self.rollouts.advantages = self.advantages(self.rollouts) * weight
-        part, parts, asked = position % config.steps_per_generation, config.steps_per_generation, len(prompts)
-        first, last = part * asked // parts, max((part + 1) * asked // parts, part * asked // parts + 1)
-        self.answers = list(range(first * config.num_generations, last * config.num_generations))
+        assert self.rollouts is not None
+        groups, size = config.groups_of(step, len(prompts)), config.num_generations
+        self.answers = list(range(groups.start * size, groups.stop * size))
         samples, rollouts = self.rollout.samples(self.rollouts), self.rollouts
         trained = [i for i in self.answers if self._counts(rollouts, i)]
         if not (self.kl_coef or self.entropy_coef):
@@ -321,22 +320,10 @@ class GRPO:
         return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0)))
 
     def shown(self, step: int) -> list[dict[str, Any]]:
-        """The first two answers to each of the step's first two prompts, at the first step and every `completions_every`."""
-        size, every = self.config.num_generations, self.config.completions_every
-        if self.rollouts is None or not every or (step > 1 and step % every):
+        """The first two answers to each of the step's first two prompts, when answers are due."""
+        if not self._is_shown(step):
             return []
+        assert self.rollouts is not None
+        size = self.config.num_generations
         groups = range(min(2, len(self.answers) // size))
         return self.rollout.shown(self.rollouts, [self.answers[g * size + k] for g in groups for k in (0, 1)])
-
-    def after_step(self, step: int) -> None:
-        """A generation that has been trained on is not needed again."""
-        if step % self.config.steps_per_draw == 0:
-            self.rollouts = None
-
-    def state(self) -> dict[str, Tensor]:
-        return {} if self.rollouts is None else asdict(self.rollouts) | {"generation": torch.tensor(self.generation)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if state:
-            self.generation = int(state["generation"])
-            self.rollouts = Rollouts(**{name: value for name, value in state.items() if name != "generation"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +120,12 @@ class OnlineConfig(RunConfig):
     def draw_size(self) -> int:
         return self.batch_size * self.steps_per_generation
 
+    def groups_of(self, step: int, asked: int) -> range:
+        """Which of the `asked` prompts of its generation optimizer step `step`, counted from 0, trains on: one at least."""
+        part, parts = step % self.steps_per_generation, self.steps_per_generation
+        first = part * asked // parts
+        return range(first, max((part + 1) * asked // parts, first + 1))
+
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Prompts:
         reward_functions(self, models=False)  # mistakes in names show before anything is loaded or written
         data = load_prompts(self.data, tokenizer, vocab_size=vocab_size)
@@ -161,6 +167,40 @@ class Rollouts:
         """The part of `values` (T,) that belongs to these answers, in their order."""
         bounds = self.bounds
         return torch.cat([values[bounds[i] : bounds[i + 1]] for i in answers]) if answers else values[:0]
+
+
+class Buffered:
+    """An online objective that keeps the answers of a generation, over the steps that train on them and in checkpoints."""
+
+    config: OnlineConfig
+    rollouts: Rollouts | None = None
+    generation: int = -1
+
+    def after_step(self, step: int) -> None:
+        """A generation that has been trained on is not needed again."""
+        if step % self.config.steps_per_draw == 0:
+            self.rollouts = None
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.rollouts is None else asdict(self.rollouts) | {"generation": torch.tensor(self.generation)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if state:
+            self.generation = int(state["generation"])
+            self.rollouts = Rollouts(**{name: value for name, value in state.items() if name != "generation"})
+
+    def _begin(self, step: int) -> int | None:
+        """The generation that optimizer step `step`, counted from 0, begins; None where its answers are there already."""
+        generation = step // self.config.steps_per_draw
+        if self.rollouts is not None and self.generation == generation:
+            return None
+        self.generation = generation
+        return generation
+
+    def _is_shown(self, step: int) -> bool:
+        """Whether answers are to be shown after optimizer step `step`, counted from 1: at the first and every `completions_every`."""
+        every = self.config.completions_every
+        return self.rollouts is not None and bool(every) and (step == 1 or step % every == 0)
 
 
 class Rollout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from fastalign.data.prompts import Prompts
 from fastalign.errors import ConfigError, JudgeError
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.dpo import DPO, DPOConfig, loss_function
-from fastalign.objectives.online import ALIKE, OnlineConfig, Rollout, Rollouts
+from fastalign.objectives.online import ALIKE, Buffered, OnlineConfig, Rollout, Rollouts
 from fastalign.packing import packed_tokens
 from fastalign.rollout.judges import EndpointJudge, Judge, Turns
 from fastalign.rollout.judging import JudgeConfig, build_judge
@@ -151,7 +151,7 @@ class JudgeReward:
         return [score for v in verdicts for score in ([None] * self.size if isinstance(v, JudgeError) else v)]
 
 
-class OnlineDPO:
+class OnlineDPO(Buffered):
     """DPO on the best and the worst of the model's own answers to a prompt. Guo 2024, arXiv:2402.04792, algorithm 1.
 
     loss = sum_i w_i loss_i / (pairs of the step), w_i the prompt's weight in the data. Answers without a reward, and with
@@ -164,6 +164,8 @@ class OnlineDPO:
     than two answers to rank. A step without any pair changes nothing by its gradient, which is 0.
     """
 
+    config: OnlineDPOConfig
+
     def __init__(self, config: OnlineDPOConfig, model: Any, data: Prompts) -> None:
         self.config = config
         self.rollout = RankedRollout(config, model, data)
@@ -171,22 +173,18 @@ class OnlineDPO:
         self.dpo = DPO(config.pairwise(), model, reference)
         if config.loss_type == "ipo":  # of sums, as it is published; by its own name DPO would give it the lengths
             self.dpo.losses = [("summed ipo", 1.0, loss_function("ipo", self.dpo.config))]
-        self.rollouts: Rollouts | None = None  # their advantages are 1 of a chosen, -1 of a rejected answer, else 0
-        self.generation = -1
         self.groups: range = range(0)  # of this step, the places of its prompts among those of the generation
 
     def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
         config = self.config
-        generation, position = divmod(step, config.steps_per_draw)
-        if self.rollouts is None or self.generation != generation:
-            self.rollouts, self.generation = self.rollout.roll(prompts, (config.seed, 1 + generation), refill=config.refill), generation
-            self.rollouts.advantages = self._choose(self.rollouts)
-        part, parts, asked = position % config.steps_per_generation, config.steps_per_generation, len(prompts)
-        first = part * asked // parts
-        self.groups = range(first, max((part + 1) * asked // parts, first + 1))
+        if (generation := self._begin(step)) is not None:
+            self.rollouts = self.rollout.roll(prompts, (config.seed, 1 + generation), refill=config.refill)
+            self.rollouts.advantages = self._choose(self.rollouts)  # 1 of a chosen, -1 of a rejected answer, else 0
+        assert self.rollouts is not None
+        self.groups = config.groups_of(step, len(prompts))
         pairs, answers = self._pairs(self.rollouts, self.groups), self.rollout.samples(self.rollouts)
         if not pairs:  # a step needs a sample
-            first *= config.num_generations
+            first = self.groups.start * config.num_generations
             return [_pair(answers[first], answers[first + 1], self.rollouts, weight=0.0)]
         return [_pair(answers[c], answers[r], self.rollouts) for c, r in pairs]
 
@@ -220,25 +218,13 @@ class OnlineDPO:
 
     def shown(self, step: int) -> list[dict[str, Any]]:
         """The pairs of the step's first two prompts, or two answers where there is none, when samples are due."""
-        every, size = self.config.completions_every, self.config.num_generations
-        if self.rollouts is None or not every or (step > 1 and step % every):
+        if not self._is_shown(step):
             return []
+        assert self.rollouts is not None
+        size = self.config.num_generations
         pairs = {chosen // size: (chosen, rejected) for chosen, rejected in self._pairs(self.rollouts, self.groups)}
         found = [pairs.get(g, (g * size, g * size + 1)) for g in self.groups[:2]]
         return self.rollout.shown(self.rollouts, [answer for pair in found for answer in pair])
-
-    def after_step(self, step: int) -> None:
-        """A generation that has been trained on is not needed again."""
-        if step % self.config.steps_per_draw == 0:
-            self.rollouts = None
-
-    def state(self) -> dict[str, Tensor]:
-        return {} if self.rollouts is None else asdict(self.rollouts) | {"generation": torch.tensor(self.generation)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if state:
-            self.generation = int(state["generation"])
-            self.rollouts = Rollouts(**{name: value for name, value in state.items() if name != "generation"})
 
     def _scores(self, rollouts: Rollouts) -> Tensor:
         """(G, size) rewards of the answers to each prompt; NaN of those that may be in no pair."""

@@ -182,12 +182,11 @@ class PPO:
 
     def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
         config = self.config
-        generation, position = divmod(step, config.steps_per_draw)
+        generation = step // config.steps_per_draw
         if self.drawn is None or self.generation != generation:
             self.drawn, self.generation = self._generate(prompts, generation), generation
-        part, parts, asked = position % config.steps_per_generation, config.steps_per_generation, len(prompts)
-        first, last = part * asked // parts, max((part + 1) * asked // parts, part * asked // parts + 1)
-        self.answers = list(range(first * config.num_generations, last * config.num_generations))
+        groups, size = config.groups_of(step, len(prompts)), config.num_generations
+        self.answers = list(range(groups.start * size, groups.stop * size))
         samples, counts = self.rollout.samples(self.drawn.rollouts), self.drawn.earned.counts
         return [samples[i] for i in self.answers if counts[i]] or [samples[self.answers[0]]]
 
