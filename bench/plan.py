@@ -43,8 +43,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 NOTE = """\
-In bfloat16 torch's CPU attention takes memory for every sequence length that it meets, which no prediction knows: a backward of 74 sequences
-grew by 139 MiB where their lengths differed, and by 18 MiB where 64 sequences of like total had one length."""
+In bfloat16 on a CPU memory grows with the number of different sequence lengths, which is not predicted: a trunk's backward over 74
+sequences took 139 MiB where their lengths differed, and over 64 sequences of one length, of like total, 18 MiB."""
 
 
 @dataclass(frozen=True)
