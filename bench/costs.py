@@ -26,9 +26,9 @@ from bench.training_sides import TASKS, Spec
 from bench.workload import QUICK, Shape, write_model
 
 LENGTHS = {  # median and sigma of the logarithm, of prompts and of completions, in tokens
-    "short prompts": ((40, 0.8), (220, 0.7)),
-    "as long as answers": ((220, 0.8), (220, 0.7)),
-    "long prompts": ((450, 0.5), (120, 0.7)),
+    "prompts 40, answers 220": ((40, 0.8), (220, 0.7)),
+    "prompts 220, answers 220": ((220, 0.8), (220, 0.7)),
+    "prompts 450, answers 120": ((450, 0.5), (120, 0.7)),
 }
 MOST = 1024  # tokens of a sequence
 PADDED = 8  # pairs of a padded micro-batch

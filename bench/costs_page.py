@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from bench.table import facts
 
 TITLE = "What is paid beside the steps: unfilled bins, resuming, starting"
-HOW = """Filled: tokens over the room of a step's bins (or padded micro-batches), all steps of an epoch together. The lengths are drawn, not
-taken from a data set: log-normal like those of chat preferences, cut to sequences of 1024 tokens. A bin has max_tokens of room; a padded
-micro-batch holds the sequences of 8 pairs, each as long as its longest.
+HOW = """Packing: tokens over the room of a step's bins, or of its padded micro-batches, all steps of an epoch together. The lengths are
+drawn, not taken from a data set: log-normal with the medians that are named, and cut to sequences of 1024 tokens. A bin has max_tokens
+of room; a padded micro-batch holds the sequences of 8 pairs, each as long as its longest. A shared prompt counts once, so that equal
+shares with and without sharing are not equal work.
 
 Resume: from the start of the process to the end of its first optimizer step, in a new run and from the checkpoint of an interrupted one.
 Start: from the start of the process to its end, files in the system's cache. Medians of runs in fresh processes, sides taking turns.
@@ -47,7 +48,8 @@ def section(costs: list[Cost]) -> list[str]:
         some = [cost for cost in costs if cost.part == part]
         sides = list(dict.fromkeys(cost.side for cost in some))
         share = some[0].unit == "share"
-        lines += [f"{PARTS[part]}, {some[0].unit}: {some[0].workload}; {1 + max(cost.repeat for cost in some)} runs", ""]
+        runs = 1 + max(cost.repeat for cost in some)
+        lines += [f"{PARTS[part]}, {some[0].unit}: {some[0].workload}; {runs} run{'s' * (runs > 1)}", ""]
         lines += [f"| case | {' | '.join(sides)} | ratio |", "|---|" + "---:|" * (len(sides) + 1)]
         for case in dict.fromkeys(cost.case for cost in some):
             values = {
