@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= gpu
+# Tests run in so many processes, each with one thread.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 # Idle OpenMP threads sleep: spinning ones make small models 20 times slower when another process wants the core.
 export OMP_WAIT_POLICY := passive
@@ -38,10 +41,10 @@ demo: $(READY) native
 	$(BIN)/fastalign demo --output demo
 
 test: $(READY) lint native-test
-	$(BIN)/python -m pytest -m "not slow and not gpu and not micro"
+	$(PYTEST) -m "not slow and not gpu and not micro"
 
 test-all: $(READY) lint native-test
-	$(BIN)/python -m pytest -m "not gpu and not micro"
+	$(PYTEST) -m "not gpu and not micro"
 
 test-matrix: $(READY)
 	bash tests/matrix.sh
