@@ -21,7 +21,8 @@ def accumulate_in_place(embedding: nn.Module) -> bool:
         return False
     if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq or not embedding.weight.requires_grad:
         return False
-    embedding.register_forward_hook(_look_up)
+    if _look_up not in embedding._forward_hooks.values():
+        embedding.register_forward_hook(_look_up)
     return True
 
 

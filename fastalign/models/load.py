@@ -82,7 +82,8 @@ def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task:
     if lora is not None and lora.enabled:
         loaded = add_adapter(loaded, lora, task)
     if options.gradient_checkpointing:
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable  # the older name
+        checkpoint({"use_reentrant": False})
     return loaded
 
 

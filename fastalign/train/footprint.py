@@ -22,12 +22,14 @@ from torch.utils._pytree import tree_leaves
 from fastalign.errors import ModelError
 from fastalign.head.function import PITCH
 from fastalign.head.plan import ROW_SCRATCH, Plan, make_plan
+from fastalign.models.embedding import accumulate_in_place
 from fastalign.models.trunk import causal_lm, trunk
 from fastalign.objectives.base import RunConfig
 from fastalign.packing import collate, pack_samples, spared_tokens
 from fastalign.train.flops import head_weight
 from fastalign.types import PackedBatch, Sample
 
+BYTES_IN_NF4 = 4.127 / 8  # of a weight: 4 bits, and its share of doubly quantized scales
 PIECES = 4  # sequences of the batch that is run: what they are cut into hardly changes what is kept
 
 # What holds memory, in the order of the table.
@@ -92,6 +94,8 @@ def footprint(
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     masters = [p for p in trained.values() if config.master_weights and p.dtype != torch.float32]
     weights = sum(map(_bytes, _tensors(model)))
+    if config.model.quantization:
+        weights -= sum(p.numel() * p.element_size() - round(BYTES_IN_NF4 * p.numel()) for p in _quantized(model))
     held = dict.fromkeys(PARTS, 0)
     held[WEIGHTS] = weights
     held[REFERENCE] = weights if keeps_copy(config) else 0
@@ -230,13 +234,15 @@ def _run(
             fakes = {id(v): _fake(v) for v in _tensors(model)}
             fake = copy.deepcopy(model, dict(fakes))
             weight, originals = head_weight(fake), {id(fakes[key]): key for key in fakes}
+            embedding = causal_lm(fake).get_input_embeddings()
+            in_place = {id(weight)} | ({id(embedding.weight)} if accumulate_in_place(embedding) else set())
             ledger = Ledger()
             for value in fakes.values():
                 ledger.ignore(value)
             parameters = [p for p in fake.parameters() if p.requires_grad]
             for p in parameters:
                 with_copy = originals[id(p)] in copied
-                if with_copy or accumulates or p is weight:
+                if with_copy or accumulates or id(p) in in_place:
                     buffer = torch.empty(p.shape, dtype=torch.float32 if with_copy else p.dtype)
                     ledger.add(buffer, GRADIENTS)
                     if with_copy:
@@ -293,6 +299,14 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
         if id(value) not in seen:
             seen.add(id(value))
             yield value
+
+
+def _quantized(model: nn.Module) -> Iterator[Tensor]:
+    """The weights that 4-bit loading would pack and has not: those of the frozen linear layers but the head."""
+    head = causal_lm(model).get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad and module.weight.is_floating_point():
+            yield module.weight
 
 
 def _bytes(tensor: Tensor) -> int:

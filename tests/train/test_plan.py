@@ -48,7 +48,7 @@ def test_the_parts_that_have_a_formula() -> None:
 
     head = full.get_output_embeddings().weight
     alone = footprint(full, DPOConfig(), tokens=2048, accumulates=False)
-    assert alone.parts["gradients"] == size([head])  # the buffer that the head adds to
+    assert alone.parts["gradients"] == size([head, full.get_input_embeddings().weight])  # buffers that are added to in place
     assert footprint(full, DPOConfig(reference="copy"), tokens=64).parts["reference copy"] == weights + buffers
 
     half = model(dtype="bfloat16")
@@ -59,6 +59,15 @@ def test_the_parts_that_have_a_formula() -> None:
     adapted = model(lora=LoraConfig(r=4))
     trained = size(p for p in adapted.parameters() if p.requires_grad)
     assert footprint(adapted, DPOConfig(), tokens=2048).parts["optimizer state"] == 2 * trained
+
+
+def test_four_bit_weights_count_as_such() -> None:
+    adapted = model(lora=LoraConfig(r=4))
+    config = DPOConfig(model=ModelConfig(quantization="nf4"))
+    exact, packed = (footprint(adapted, c, tokens=64).parts["weights"] for c in (DPOConfig(), config))
+    linear = sum(p.numel() for name, p in adapted.named_parameters() if "base_layer" in name)
+    assert linear > 0
+    assert exact - packed == pytest.approx(linear * (4 - 4.127 / 8), rel=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -163,7 +172,7 @@ def test_the_command_prints_what_it_found(folder: Path, capsys: pytest.CaptureFi
         assert cli.main([*base, "--objective", objective, *extra]) == 0, capsys.readouterr().err
     capsys.readouterr()
     for words, message in (
-        (["--objective", "dpp"], "objective 'dpp' is not known; did you mean dpo?"),
+        (["--objective", "dpoo"], "objective 'dpoo' is not known; did you mean dpo?"),
         (["--tflops", "0"], "tflops must be positive"),
         (["--scored", "2"], "scored must be a share in (0, 1], got 2"),
         (["--betta", "1"], "betta"),
