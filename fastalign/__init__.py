@@ -34,6 +34,7 @@ _HOMES = {
     "SimPOConfig": "fastalign.objectives.cpo",
     "GRPOConfig": "fastalign.objectives.grpo",
     "RLOOConfig": "fastalign.objectives.rloo",
+    "ReinforcePPConfig": "fastalign.objectives.reinforce_pp",
     "PPOConfig": "fastalign.objectives.ppo",
     "OnlineDPOConfig": "fastalign.objectives.online_dpo",
     "GKDConfig": "fastalign.objectives.gkd",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from fastalign.objectives.online_dpo import OnlineDPOConfig as OnlineDPOConfig
     from fastalign.objectives.orpo import ORPOConfig as ORPOConfig
     from fastalign.objectives.ppo import PPOConfig as PPOConfig
+    from fastalign.objectives.reinforce_pp import ReinforcePPConfig as ReinforcePPConfig
     from fastalign.objectives.reward import RewardConfig as RewardConfig
     from fastalign.objectives.rloo import RLOOConfig as RLOOConfig
     from fastalign.objectives.sft import SFTConfig as SFTConfig

@@ -26,6 +26,7 @@ ALGORITHMS = {
     "simpo": ("fastalign.objectives.cpo", "SimPOConfig"),
     "grpo": ("fastalign.objectives.grpo", "GRPOConfig"),
     "rloo": ("fastalign.objectives.rloo", "RLOOConfig"),
+    "reinforce_pp": ("fastalign.objectives.reinforce_pp", "ReinforcePPConfig"),
     "ppo": ("fastalign.objectives.ppo", "PPOConfig"),
     "online_dpo": ("fastalign.objectives.online_dpo", "OnlineDPOConfig"),
     "gkd": ("fastalign.objectives.gkd", "GKDConfig"),
@@ -43,6 +44,7 @@ Trains language models on texts, preferences and rewards. Every command explains
   orpo, cpo, simpo   train on preference pairs without a reference: --model.path DIR --data.path FILE --output RUN
   distill      learn a teacher's distributions on texts: --model.path DIR --teacher.path DIR --data.path FILE --output RUN
   grpo, rloo   train on the model's own answers to prompts, by reward functions: --model.path DIR --data.path FILE --rewards NAMES ...
+  reinforce_pp the same with advantages of tokens, whitened over all answers (REINFORCE++): ... --rewards NAMES [--baseline true]
   ppo          the same with a critic, which judges every token of an answer: --model.path DIR --data.path FILE --rewards NAMES ...
   online_dpo   prefer the better of the model's own answers, by reward functions or a judge: ... --rewards NAMES or --judge.function NAME
   gkd          learn a teacher's distributions on the model's own answers: --model.path DIR --teacher.path DIR --data.path FILE ...
@@ -293,7 +295,9 @@ def _data_convert(argv: list[str]) -> int:
 class DemoConfig:
     """Builds a small model and tokenizer from nothing, trains it on generated data, and shows before and after."""
 
-    objective: str = "dpo"  # what to show: sft, reward, dpo, orpo, cpo, simpo, kto, distill, gkd, grpo, rloo, ppo or online_dpo
+    objective: str = (
+        "dpo"  # what to show: sft, reward, dpo, orpo, cpo, simpo, kto, distill, gkd, grpo, rloo, reinforce_pp, ppo or online_dpo
+    )
     output: str = "demo"  # folder for the model, the data and the run
 
 

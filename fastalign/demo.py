@@ -122,6 +122,9 @@ RECIPES = {
     ),
     "grpo": Recipe("GRPO: digits in ascending order, by reward alone", "GRPOConfig", "prompts", _as_given, _SORTING, DIGITS),
     "rloo": Recipe("RLOO: digits in ascending order, by reward alone", "RLOOConfig", "prompts", _as_given, _SORTING, DIGITS),
+    "reinforce_pp": Recipe(
+        "REINFORCE++: digits in ascending order, by reward alone", "ReinforcePPConfig", "prompts", _as_given, _SORTING, DIGITS
+    ),
     "ppo": Recipe("PPO: digits in ascending order, by reward and a critic", "PPOConfig", "prompts", _as_given, _CRITICISED, DIGITS),
     "online_dpo": Recipe(
         "Online DPO: digits in ascending order, by ranking its own answers",

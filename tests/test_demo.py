@@ -17,7 +17,7 @@ from fastalign import demo, demo_data, demo_model, demo_task
 from fastalign.cli import ALGORITHMS, main
 from fastalign.errors import ConfigError, OutputError
 
-ONLINE = ("grpo", "rloo", "ppo", "online_dpo")
+ONLINE = ("grpo", "rloo", "reinforce_pp", "ppo", "online_dpo")
 TINY = demo.Size(hidden=32, layers=1, pretrain_steps=3, pretrain_batch=4, pairs=32, heldout=16, samples=4)
 NOISE = ("perf/", "mem/")
 

@@ -39,7 +39,7 @@ OBJECTIVES: dict[str, type[DataConfig]] = {  # what trains on which data
     "reward": RankedDataConfig,
     **dict.fromkeys(("dpo", "orpo", "cpo", "simpo"), DataConfig),
     "kto": UnpairedDataConfig,
-    **dict.fromkeys(("grpo", "rloo", "ppo", "online_dpo"), PromptDataConfig),
+    **dict.fromkeys(("grpo", "rloo", "reinforce_pp", "ppo", "online_dpo"), PromptDataConfig),
 }
 _ALL_COLUMNS = tuple(dict.fromkeys(name for kind in FORMATS for name in kind.column_names))
 SHOWN_PROBLEMS = 20

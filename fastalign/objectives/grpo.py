@@ -20,7 +20,7 @@ from fastalign.losses.weights import importance_weights, off_policy_mask, sampli
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.online import Buffered, OnlineConfig, Rollout, Rollouts
-from fastalign.segments import segment_expand, segments_in
+from fastalign.segments import segments_in
 from fastalign.types import HeadOutput, PackedBatch, Sample
 
 CORRECTIONS = ("auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -69,10 +69,10 @@ class GRPOConfig(OnlineConfig):
         super().validate()
         self._require_choice("loss_type", get_args(get_type_hints(type(self))["loss_type"]))
         self._require_choice("scale_rewards", ("group", "batch", "none"))
-        self._require_choice("kl_estimator", tuple(KL_ESTIMATES))
+        self._require_choice("kl_estimator", get_args(get_type_hints(type(self))["kl_estimator"]))
         if self.importance_sampling_level is not None:
             self._require_choice("importance_sampling_level", ("token", "sequence"))
-        self._require("num_generations", self.num_generations >= 2, "at least 2: answers are compared with each other")
+        self._require("num_generations", self.num_generations >= 2 or not self.compares, "at least 2: answers are compared with each other")
         self._require("epsilon", 0 < self.epsilon <= 1, "in (0, 1]")
         for option in ("epsilon_high", "delta"):
             self._require(option, getattr(self, option) is None or getattr(self, option) > 0, "positive, or null")
@@ -86,12 +86,15 @@ class GRPOConfig(OnlineConfig):
         for option in ("epsilon", "delta"):
             self._require_use(option, token_loss is ppo_clip, "a loss type that clips ratios")
         self._require_use("epsilon_high", token_loss in (ppo_clip, cispo), "a loss type that bounds ratios")
-        for option in ("kl_estimator", "use_bias_correction_kl"):
-            self._require_use(option, self.beta > 0 and self.penalty_in_loss, "a KL penalty in the loss (grpo with beta above 0)")
+        self._require_penalty()
         try:
             options_of(POLICY_LOSSES[self.loss_type].token_loss, loss_options(self))
         except TypeError as error:
             self._require("loss_options", False, f"options of {self.loss_type} ({error})")
+
+    def _require_penalty(self) -> None:
+        for option in ("kl_estimator", "use_bias_correction_kl"):
+            self._require_use(option, self.beta > 0 and self.penalty_in_loss, "a KL penalty in the loss (grpo with beta above 0)")
 
     def _require_correction(self) -> None:
         self._require_choice("importance_sampling_correction", CORRECTIONS)
@@ -103,6 +106,11 @@ class GRPOConfig(OnlineConfig):
             self._require_use(option, self.correction != "none", "an importance_sampling_correction, or top_k, top_p or min_p")
         if self.loss_type == "vespo" and self.correction.startswith("sequence"):
             self._require("importance_sampling_correction", False, "one of tokens for vespo, which multiplies them to its answer's weight")
+
+    @property
+    def compares(self) -> bool:
+        """Whether the answers to a prompt are compared with each other."""
+        return True
 
     @property
     def correction(self) -> str:
@@ -146,7 +154,8 @@ class GRPO(Buffered):
         self.head = self.rollout.head
         self.spec = POLICY_LOSSES[config.loss_type]
         self.level = config.importance_sampling_level
-        self.kl_coef, self.entropy_coef, self.options = config.beta, config.entropy_coef, loss_options(config)
+        self.kl_coef, self.kl = config.beta, config.kl_estimator
+        self.entropy_coef, self.options = config.entropy_coef, loss_options(config)
         self.outputs = ("logps", "entropy") if config.metrics == "full" or self.entropy_coef else ("logps",)
         self.high_entropy: Tensor | None = None  # (T,) bool, the tokens of this step that have a policy term; None: all
         self.answers: list[int] = []  # of this step, the places of all its answers in the rollouts
@@ -157,22 +166,27 @@ class GRPO(Buffered):
         return False
 
     def advantages(self, rollouts: Rollouts) -> Tensor:
-        """(B,) before the weights of the prompts."""
+        """(B,), or (T,) where tokens have their own; before the weights of the prompts."""
         return group_relative(self.rollout.total(rollouts.rewards), self.rollout.groups(rollouts), scale=self.config.scale_rewards)
+
+    def penalties(self, rollouts: Rollouts) -> Tensor:
+        """(T,) estimates of the KL divergence from the reference, where the reward has the penalty and not the loss."""
+        return KL_ESTIMATES["k1"](rollouts.logps, rollouts.ref_logps)
 
     def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
         config = self.config
         if (generation := self._begin(step)) is not None:
             self.rollouts = self.rollout.roll(prompts, (config.seed, 1 + generation), refill=config.refill)
             weight = torch.tensor([self.rollout.prompt_of[index].weight for index in self.rollouts.prompts.tolist()])
-            self.rollouts.advantages = self.advantages(self.rollouts) * weight
+            self.rollouts.advantages = self.rollouts.weighted(self.advantages(self.rollouts), weight)
         assert self.rollouts is not None
         groups, size = config.groups_of(step, len(prompts)), config.num_generations
         self.answers = list(range(groups.start * size, groups.stop * size))
         samples, rollouts = self.rollout.samples(self.rollouts), self.rollouts
         trained = [i for i in self.answers if self._counts(rollouts, i)]
         if not (self.kl_coef or self.entropy_coef):
-            trained = [i for i in trained if rollouts.advantages[i] != 0]
+            learned = rollouts.have_advantage
+            trained = [i for i in trained if learned[i]]
         return [samples[i] for i in trained or self.answers[:1]]
 
     def _counts(self, rollouts: Rollouts, answer: int) -> bool:
@@ -206,7 +220,7 @@ class GRPO(Buffered):
         assert self.rollouts is not None
         rollouts, config, device = self.rollouts, self.config, batch.live_target.device
         found = trunk(self.model, batch)
-        advantages = rollouts.advantages[list(batch.index)].to(device)
+        advantages = rollouts.of_tokens(rollouts.token_advantages, batch.index).to(device)
         stored = (rollouts.logps, rollouts.ref_logps, rollouts.sampling_logps)
         old, ref, drawn = (rollouts.of_tokens(x, batch.index).to(device) if x.numel() else None for x in stored)
         if config.steps_per_draw == 1:
@@ -224,10 +238,8 @@ class GRPO(Buffered):
             counted, keep, weights = None if mask is None else mask[rows], None, None
             before = out.logps.detach() if old is None else old[rows]
             if config.off_policy_mask_threshold is not None:
-                per_token, since = segment_expand(advantages[first:last], cu_seqlens, out.logps.shape[0]), before
-                if drawn is not None:
-                    since = drawn[rows]
-                keep = off_policy_mask(out.logps, since, per_token, cu_seqlens, counted, threshold=config.off_policy_mask_threshold)
+                since = before if drawn is None else drawn[rows]
+                keep = off_policy_mask(out.logps, since, advantages[rows], cu_seqlens, counted, threshold=config.off_policy_mask_threshold)
             if high is not None:
                 keep = high[rows] if keep is None else keep & high[rows]
             if drawn is not None:
@@ -237,7 +249,7 @@ class GRPO(Buffered):
                 config.loss_type,
                 out.logps,
                 before,
-                advantages[first:last, None],
+                advantages[rows],
                 cu_seqlens,
                 mask=counted,
                 keep=keep,
@@ -246,7 +258,7 @@ class GRPO(Buffered):
                 level=self.level,
                 ref_logps=ref[rows] if ref is not None and self.kl_coef else None,
                 kl_coef=self.kl_coef,
-                kl=config.kl_estimator,
+                kl=self.kl,
                 kl_correction=config.use_bias_correction_kl,
                 entropy=out.entropy if self.entropy_coef else None,
                 entropy_coef=self.entropy_coef / bonus_tokens,
@@ -288,6 +300,10 @@ class GRPO(Buffered):
         bounds = {"clip_min": config.importance_sampling_clip_min, "clip_max": config.importance_sampling_clip_max}
         return importance_weights(old, drawn, cu_seqlens, mask, mode=mode, **bounds)  # type: ignore[arg-type]
 
+    def counted(self, rollouts: Rollouts) -> Tensor:
+        """(T,) bool, tokens of answers that count."""
+        return torch.tensor([self._counts(rollouts, i) for i in range(len(rollouts.lengths))]).repeat_interleave(rollouts.lengths)
+
     def _mask(self, rollouts: Rollouts, batch: PackedBatch) -> Tensor | None:
         """(L,) bool, scored tokens of answers that count; None where all do."""
         counts = [self._counts(rollouts, i) for i in batch.index]
@@ -303,7 +319,7 @@ class GRPO(Buffered):
         metrics = {"loss": sums["loss"], **self.rollout.metrics(self.rollouts)}
         metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
         if self.rollouts.ref_logps.numel():
-            metrics["kl"] = sums["kl"] / tokens
+            metrics["kl"] = sums["kl"] / tokens if self.kl_coef else self._mean_penalty(self.rollouts)
         if "entropy" in sums:
             metrics["entropy"] = sums["entropy"] / tokens
         if sums.get("sampling_tokens"):
@@ -316,14 +332,17 @@ class GRPO(Buffered):
             }
         return metrics | ({"aux_loss": sums["aux_loss"]} if "aux_loss" in sums else {})
 
+    def _mean_penalty(self, rollouts: Rollouts) -> float:
+        """Over the tokens of the generation that count."""
+        counted = self.counted(rollouts)
+        return float(self.penalties(rollouts)[counted].sum() / counted.sum().clamp(min=1))
+
     def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
         return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0)))
 
     def shown(self, step: int) -> list[dict[str, Any]]:
-        """The first two answers to each of the step's first two prompts, when answers are due."""
+        """Four answers of the step, no more than two of them to one prompt, when answers are due."""
         if not self._is_shown(step):
             return []
         assert self.rollouts is not None
-        size = self.config.num_generations
-        groups = range(min(2, len(self.answers) // size))
-        return self.rollout.shown(self.rollouts, [self.answers[g * size + k] for g in groups for k in (0, 1)])
+        return self.rollout.shown(self.rollouts, [i for i in self.answers if i % self.config.num_generations < 2][:4])

@@ -31,6 +31,7 @@ from fastalign.rollout.generate import Completion
 from fastalign.rollout.judges import as_text
 from fastalign.rollout.reward_model import RewardModel
 from fastalign.rollout.rewards import Reward, load_rewards, score
+from fastalign.segments import segment_mean, segment_sum
 from fastalign.types import PackedBatch, Sample
 
 ALIKE = 1e-8  # standard deviation of rewards below which they are equal
@@ -153,7 +154,7 @@ class Rollouts:
     lengths: Tensor  # (B,) int64
     finished: Tensor  # (B,) bool
     rewards: Tensor  # (B, F) float32, NaN where a function had nothing to say
-    advantages: Tensor  # (B,) float32
+    advantages: Tensor  # (B,) float32, or (T,) where every token has its own
     logps: Tensor  # (T,) float32, by the policy that answered
     ref_logps: Tensor  # (T,), or (0,) without a reference
     draws: Tensor  # (G,) int64, how often each prompt was answered; the last answers are kept
@@ -162,6 +163,25 @@ class Rollouts:
     @property
     def bounds(self) -> list[int]:
         return list(accumulate(self.lengths.tolist(), initial=0))
+
+    @property
+    def boundaries(self) -> Tensor:
+        """(B+1,) int32 boundaries of the answers."""
+        return torch.tensor(self.bounds, dtype=torch.int32)
+
+    @property
+    def token_advantages(self) -> Tensor:
+        """(T,) float32, of each token: that of its answer, unless it has its own."""
+        return self.advantages if len(self.advantages) == len(self.tokens) else self.advantages.repeat_interleave(self.lengths)
+
+    @property
+    def have_advantage(self) -> list[bool]:
+        """(B,) whether any token of an answer has an advantage that is not 0."""
+        return (segment_sum((self.token_advantages != 0).float(), self.boundaries) > 0).tolist()  # type: ignore[no-any-return]
+
+    def weighted(self, advantages: Tensor, weight: Tensor) -> Tensor:
+        """`advantages`, (B,) or (T,), times `weight` (B,)."""
+        return advantages * (weight if len(advantages) == len(weight) else weight.repeat_interleave(self.lengths))
 
     def of_tokens(self, values: Tensor, answers: Sequence[int]) -> Tensor:
         """The part of `values` (T,) that belongs to these answers, in their order."""
@@ -277,14 +297,14 @@ class Rollout:
         terminated = lengths[ended] if bool(ended.any()) else torch.zeros(1)
         metrics = {
             "reward": total.nanmean(),
-            "reward_std": deviation.mean(),
-            "frac_reward_zero_std": (deviation < ALIKE).float().mean(),
             "completions/mean_length": lengths.mean(),
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
             "completions/mean_terminated_length": terminated.mean(),
             "completions/clipped_ratio": 1 - ended.float().mean(),
         }
+        if self.config.num_generations > 1:  # a group of one is always alike
+            metrics |= {"reward_std": deviation.mean(), "frac_reward_zero_std": (deviation < ALIKE).float().mean()}
         if self.config.refill:
             metrics |= {"refill/frac_reward_zero_std": (rollouts.draws > 1).float().mean(), "refill/draws": rollouts.draws.float().mean()}
         for reward, column in zip(self.rewards, rollouts.rewards.unbind(1)):
@@ -313,8 +333,11 @@ class Rollout:
             return self._score(samples, of)
 
     def shown(self, rollouts: Rollouts, answers: Sequence[int]) -> list[dict[str, Any]]:
-        """These answers as a reader wants them: text, length, rewards by name (None where a function had nothing to say)."""
-        parts, rows = rollouts.tokens.split(rollouts.lengths.tolist()), []
+        """These answers as a reader wants them: text, length, rewards by name (None where a function had nothing to say), and their
+        advantage, the mean over their tokens."""
+        parts, rows, advantages = rollouts.tokens.split(rollouts.lengths.tolist()), [], rollouts.advantages
+        if len(advantages) != len(parts):
+            advantages = segment_mean(advantages, rollouts.boundaries)
         for i in answers:
             index = int(rollouts.prompts[i])
             rewards = [None if math.isnan(value) else value for value in rollouts.rewards[i].tolist()]
@@ -326,7 +349,7 @@ class Rollout:
                     "tokens": len(parts[i]),
                     "finished": bool(rollouts.finished[i]),
                     "rewards": {reward.name: value for reward, value in zip(self.rewards, rewards)},
-                    "advantage": float(rollouts.advantages[i]),
+                    "advantage": float(advantages[i]),
                 }
             )
         return rows

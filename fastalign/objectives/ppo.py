@@ -289,7 +289,7 @@ class PPO:
     def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
         assert self.drawn is not None
         tokens = max(1.0, sums["tokens"])
-        metrics = {"loss": sums["loss"], **self._of_answers(self.drawn.rollouts), **self._of_generation(self.drawn)}
+        metrics = {"loss": sums["loss"], **self.rollout.metrics(self.drawn.rollouts), **self._of_generation(self.drawn)}
         metrics |= {"loss/policy_avg": sums["policy"], "loss/value_avg": sums["value"]}
         names = {"policy/approxkl_avg": "approxkl", "policy/clipfrac_avg": "clipped", "policy/entropy_avg": "entropy"}
         names |= {"val/clipfrac_avg": "value_clipped", "val/ratio": "ratio"}
@@ -309,14 +309,8 @@ class PPO:
         end = self.rollout.data.tokenizer.eos_token_id
         return metrics | {"val/num_eos_tokens": float((drawn.rollouts.tokens == end).sum())}
 
-    def _of_answers(self, rollouts: Rollouts) -> dict[str, float]:
-        metrics = self.rollout.metrics(rollouts)
-        if self.config.num_generations == 1:  # a group of one is always alike
-            metrics = {name: value for name, value in metrics.items() if name not in ("reward_std", "frac_reward_zero_std")}
-        return metrics
-
     def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
-        return self._of_answers(self.rollout.roll(prompts, (self.config.seed, 0)))
+        return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0)))
 
     def shown(self, step: int) -> list[dict[str, Any]]:
         """Four answers of the step, no more than two of them to one prompt, at the first step and every `completions_every`."""

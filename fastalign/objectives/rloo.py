@@ -58,7 +58,6 @@ class RLOO(GRPO):
     def advantages(self, rollouts: Rollouts) -> Tensor:
         rewards = self.rollout.total(rollouts.rewards)
         if self.config.beta:
-            bounds = rewards.new_tensor(rollouts.bounds).int()
-            rewards = rewards - self.config.beta * segment_sum(rollouts.logps - rollouts.ref_logps, bounds)
+            rewards = rewards - self.config.beta * segment_sum(self.penalties(rollouts), rollouts.boundaries)
         advantages = leave_one_out(rewards, self.rollout.groups(rollouts))
         return whiten(advantages) if self.config.normalize_advantages else advantages

@@ -61,6 +61,7 @@ _ONLINE = _Method(
 _METHODS = {
     "grpo": _ONLINE,
     "rloo": _ONLINE,
+    "reinforce_pp": _ONLINE,
     "ppo": _Method(
         "reinforcement-learning",
         "prompts",
@@ -159,6 +160,13 @@ _PAPERS = {
   booktitle = {Annual Meeting of the Association for Computational Linguistics},
   year = {2024},
   url = {https://arxiv.org/abs/2402.14740}
+}"""),
+    "reinforce_pp": ("https://arxiv.org/abs/2501.03262", """@article{hu2025reinforce,
+  title = {{REINFORCE++}: A Simple and Efficient Approach for Aligning Large Language Models},
+  author = {Hu, Jian},
+  journal = {arXiv:2501.03262},
+  year = {2025},
+  url = {https://arxiv.org/abs/2501.03262}
 }"""),
     "ppo": ("https://arxiv.org/abs/1707.06347", """@article{schulman2017proximal,
   title = {Proximal Policy Optimization Algorithms},
