@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
+from platform import node
 from typing import Any
 from uuid import uuid4
 
@@ -164,16 +165,19 @@ class VLLMServerEngine:
     def __init__(self, model: Any, config: VLLMServerConfig, *, output: str | Path) -> None:
         self.model, self.config, self.server = model, config, Server(config)
         self.folder = Path(config.adapter_folder or Path(output) / "adapters").resolve()
-        # Says whose versions are whose where runs share a folder; what a killed process left behind is this run's, too.
-        self.run = f"fastalign-{hashlib.sha256(str(Path(output).resolve()).encode()).hexdigest()[:8]}"
+        # Says whose versions are whose where runs share a folder or a server; what a killed process left behind is this run's, too.
+        self.run = f"fastalign-{hashlib.sha256(f'{node()}:{Path(output).resolve()}'.encode()).hexdigest()[:8]}"
         self.process, self.version = uuid4().hex[:8], 0
         self.adapter: str | None = None
         self.checked = False
 
     def sync(self) -> None:
-        for old in self.folder.glob(f"{self.run}-*"):
-            self.server.unload(old.name)  # first: a server with room for one adapter would drop it for the new one
-            shutil.rmtree(old, ignore_errors=True)
+        old = {path.name for path in self.folder.glob(f"{self.run}-*")}
+        if not self.version:
+            old |= {name for name in self.server.names() if name.startswith(f"{self.run}-")}
+        for name in sorted(old):
+            self.server.unload(name)  # first: a server with room for one adapter drops it for the new one, and cannot unload it then
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         self.version += 1
         self.adapter = f"{self.run}-{self.process}-{self.version}"
         path = self.folder / self.adapter

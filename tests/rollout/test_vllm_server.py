@@ -107,7 +107,7 @@ def test_a_run_samples_by_the_weights_it_trains(place: Path, tmp_path: Path, opt
     assert all(row["sampling/importance_sampling_ratio/min"] > 0.999 for row in rows)
     versions = [int(name.rsplit("-", 1)[1]) for name in server.loads]
     assert versions == list(range(1, len(versions) + 1)) and len(versions) >= 3, "each has a name of its own"
-    assert len(server.adapters) == 1, "older ones are unloaded"
+    assert len(server.adapters) == server.most == 1, "older ones are unloaded, and first"
     assert [path.name for path in (tmp_path / "run" / "adapters").iterdir()] == list(server.adapters), "and deleted"
     assert any(float(value.abs().max()) > 0 for name, value in adapter_of(tmp_path / "run").items() if "lora_B" in name)
 
@@ -151,15 +151,24 @@ def test_a_run_goes_on_after_its_server_failed(place: Path, tmp_path: Path) -> N
         server.trouble = lambda path, before: 500 if path == "completions" and before >= 16 else None
         with pytest.raises(RolloutError, match=rf"{server.url}/completions: HTTP 500: as the test wants it, after 2 attempts.*--resume"):
             train(config_of(place, VLLMServerConfig(url=server.url, retries=1), tmp_path / "run", max_steps=4, save_every=1))
-    left = [path.name for path in (tmp_path / "run" / "adapters").iterdir()]
+    (left,), before = [path.name for path in (tmp_path / "run" / "adapters").iterdir()], server.loads
     with StandIn(place / "model") as server:
         config = config_of(place, VLLMServerConfig(url=server.url, workers=3), tmp_path / "run", max_steps=4, save_every=1, resume=True)
         train(config)
         assert len(server.loads) == 2
-        assert not set(left) & set(server.loads), "a name never comes back with other weights"
-        assert next(body["lora_name"] for path, body in server.requests if path == "unload_lora_adapter") == left[0]
+        assert not set(before) & set(server.loads), "a name never comes back with other weights"
+        assert next(body["lora_name"] for path, body in server.requests if path == "unload_lora_adapter") == left
     ours, theirs = adapter_of(tmp_path / "run"), adapter_of(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_an_overwritten_run_left_in_the_server_is_unloaded(place: Path, tmp_path: Path) -> None:
+    with StandIn(place / "model") as server:
+        for overwrite in (False, True):
+            train(config_of(place, VLLMServerConfig(url=server.url), tmp_path / "run", max_steps=1, overwrite=overwrite))
+        assert len(server.loads) == 2 and list(server.adapters) == server.loads[1:] and server.most == 1
+        train(config_of(place, VLLMServerConfig(url=server.url), tmp_path / "other", max_steps=1))
+        assert list(server.adapters) == server.loads[1:], "another run's are let alone"
 
 
 # The engine
@@ -188,6 +197,17 @@ def test_the_end_is_kept_and_finishes(place: Path, tmp_path: Path) -> None:
         (ended,) = engine.generate([[5, 9]], Sampling(4, found.tokens[0], top_k=1), seed=(0,))
     assert len(found.tokens) == 4 and not found.finished and found.logps == pytest.approx((0.0,) * 4, abs=1e-6)
     assert ended.tokens == found.tokens[:1] and ended.finished and len(ended.logps) == 1
+
+
+def test_every_option_of_sampling_is_sent_and_those_of_the_server_are_not_used(place: Path, tmp_path: Path) -> None:
+    with StandIn(place / "model") as server:
+        engine = engine_of(place, tmp_path, url=server.url)
+        engine.sync()
+        engine.generate([[5, 9]], Sampling(7, EOS, temperature=0.8, top_k=11, top_p=0.9, min_p=0.05), seed=(0,))
+        body = server.requests[-1][1]
+    wanted = {"temperature": 0.8, "top_k": 11, "top_p": 0.9, "min_p": 0.05, "max_tokens": 7, "prompt": [5, 9]}
+    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert body == body | wanted | neutral
 
 
 @pytest.mark.parametrize("sampling", [Sampling(6, EOS, temperature=0.5), Sampling(6, EOS, top_p=0.9)])
@@ -235,6 +255,7 @@ WRONG = {
     "too few log-probs": (lambda c: c["logprobs"]["token_logprobs"].pop(), "6 tokens with log-probs: 5"),
     "no number": (lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, None), "one that is no number"),
     "too short": (lambda c: (c["token_ids"].pop(), c["logprobs"]["token_logprobs"].pop()), "answer of 5 tokens .* --max-model-len"),
+    "an end in its middle": (lambda c: c["token_ids"].__setitem__(2, 10**6), "answer of 6 tokens .* no stop tokens of its own"),
     "another prompt": (lambda c: c.update(prompt_token_ids=[5]), "neither cut nor change"),
     "another shape": (lambda c: c.update(logprobs=[1]), "none of /v1/completions"),
 }
@@ -281,15 +302,15 @@ def test_a_server_that_is_late_or_was_started_anew(place: Path, tmp_path: Path) 
 def test_a_server_that_takes_no_adapters(place: Path, tmp_path: Path) -> None:
     with StandIn(place / "model") as server:
         engine = engine_of(place, tmp_path, url=server.url)
-        server.trouble = lambda path, before: 404
+        server.trouble = lambda path, before: 404 if path == "load_lora_adapter" else None
         with pytest.raises(RolloutError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve"):
             engine.sync()
         server.trouble = lambda path, before: 400 if path == "load_lora_adapter" else None
         with pytest.raises(RolloutError, match=r"let it read .*--max-lora-rank of at least lora\.r"):
             engine.sync()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write the adapter"):
-        engine_of(place, tmp_path, url=server.url, adapter_folder=str(tmp_path / "file" / "no")).sync()
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match="cannot write the adapter"):
+            engine_of(place, tmp_path, url=server.url, adapter_folder=str(tmp_path / "file" / "no")).sync()
 
 
 def test_a_server_that_is_not_there_or_serves_something_else(place: Path, tmp_path: Path) -> None:
