@@ -52,5 +52,9 @@ class RewardError(FastalignError, RuntimeError):
     """A reward function failed; the message names the function and the completion."""
 
 
+class RolloutError(FastalignError, RuntimeError):
+    """The server that answers prompts is away, refuses, or its reply is not what was asked for; the message names the server."""
+
+
 class DependencyError(FastalignError, ImportError):
     """An optional package is needed and absent; the message names the install command."""

@@ -53,7 +53,8 @@ class GRPOConfig(OnlineConfig):
     """Answers with a negative advantage that have become less likely by more than this many nats per token are not learned from."""
     importance_sampling_correction: Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "auto"
     """Weight of the policy term by the trainer's probability over that of the engine which drew, of a token or of its whole answer; out of
-    bounds it is clamped (truncate) or 0 (mask). auto: token_truncate with top_k, top_p or min_p, else none."""
+    bounds it is clamped (truncate) or 0 (mask). auto: token_truncate with top_k, top_p or min_p, else sequence_mask (vespo: token_truncate)
+    with engine vllm_server, else none."""
     importance_sampling_clip_max: float | None = 3.0
     """Upper bound of this weight; null: none."""
     importance_sampling_clip_min: float | None = None
@@ -103,7 +104,7 @@ class GRPOConfig(OnlineConfig):
         below = float("inf") if highest is None else highest
         self._require("importance_sampling_clip_min", lowest is None or 0 <= lowest < below, "0 or more and less than the maximum, or null")
         for option in ("importance_sampling_clip_max", "importance_sampling_clip_min"):
-            self._require_use(option, self.correction != "none", "an importance_sampling_correction, or top_k, top_p or min_p")
+            self._require_use(option, self.correction != "none", "an importance_sampling_correction, top_k, top_p, min_p or vllm_server")
         if self.loss_type == "vespo" and self.correction.startswith("sequence"):
             self._require("importance_sampling_correction", False, "one of tokens for vespo, which multiplies them to its answer's weight")
 
@@ -117,7 +118,11 @@ class GRPOConfig(OnlineConfig):
         """`importance_sampling_correction`, auto decided."""
         if self.importance_sampling_correction != "auto":
             return self.importance_sampling_correction
-        return "token_truncate" if self.truncated_sampling else "none"
+        if self.truncated_sampling:
+            return "token_truncate"
+        if self.engine == "transformers":
+            return "none"
+        return "token_truncate" if self.loss_type == "vespo" else "sequence_mask"
 
     def objective(self, model: Any, data: Dataset, folder: Path) -> GRPO:
         assert isinstance(data, Prompts)

@@ -31,6 +31,7 @@ from fastalign.rollout.generate import Completion
 from fastalign.rollout.judges import as_text
 from fastalign.rollout.reward_model import RewardModel
 from fastalign.rollout.rewards import Reward, load_rewards, score
+from fastalign.rollout.vllm_server import VLLMServerConfig, VLLMServerEngine, check_server
 from fastalign.segments import segment_mean, segment_sum
 from fastalign.types import PackedBatch, Sample
 
@@ -42,6 +43,9 @@ class OnlineConfig(RunConfig):
     """Options of every algorithm that trains on the model's own answers."""
 
     data: PromptDataConfig = field(default_factory=PromptDataConfig)
+    vllm: VLLMServerConfig = field(default_factory=VLLMServerConfig)
+    engine: Literal["transformers", "vllm_server"] = "transformers"
+    """What answers: the trained model itself, or a running vLLM server that is given the adapter (vllm.*; LoRA only)."""
     batch_size: int = 8
     """Prompts per optimizer step."""
     rewards: list[str] = field(default_factory=list)
@@ -97,6 +101,31 @@ class OnlineConfig(RunConfig):
         self._require_choice("reference", ("auto", "adapter", "copy"))
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
+        self._require_engine()
+
+    def _require_engine(self) -> None:
+        self._require_choice("engine", ("transformers", "vllm_server"))
+        if self.engine == "transformers":
+            if self.vllm != VLLMServerConfig():
+                raise ConfigError("vllm: options of a vLLM server, but the trained model itself answers; set --engine vllm_server")
+            return
+        self.vllm.validate()
+        self._require_use("generation_tokens", False, "engine transformers; a server bounds its own memory")
+        if not self.lora.enabled and not (Path(self.model.path) / "adapter_config.json").is_file():
+            raise ConfigError(
+                "engine: only an adapter is sent to a vLLM server, and all weights are trained (lora.r 0); set --lora.r 16, or "
+                "--engine transformers"
+            )
+        if self.lora.modules_to_save:
+            raise ConfigError(
+                "lora.modules_to_save: vLLM takes no adapter with whole layers in it; leave it out, or set --engine transformers"
+            )
+
+    def make_engine(self, model: Any) -> Engine:
+        """What answers prompts by the weights of `model`."""
+        if self.engine == "vllm_server":
+            return VLLMServerEngine(model, self.vllm, output=self.output)
+        return TransformersEngine(model, max_tokens=self.generation_tokens)
 
     @property
     def judged(self) -> bool:
@@ -129,6 +158,8 @@ class OnlineConfig(RunConfig):
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Prompts:
         reward_functions(self, models=False)  # mistakes in names show before anything is loaded or written
+        if self.engine == "vllm_server":
+            check_server(self.vllm, self.model.path)
         data = load_prompts(self.data, tokenizer, vocab_size=vocab_size)
         longest = max((*data.samples, *data.eval_samples), key=lambda sample: len(sample.prompt))
         if (needed := len(longest.prompt) + self.max_completion_length) > self.max_tokens:
@@ -231,7 +262,7 @@ class Rollout:
         self.needs_sampling_logps = needs_sampling_logps
         self.head = head_spec(model)
         self.rewards = reward_functions(config)
-        self.engine: Engine = TransformersEngine(model, max_tokens=config.generation_tokens)
+        self.engine: Engine = config.make_engine(model)
         self.sampling = config.sampling(data.tokenizer.eos_token_id)
         self.prompt_of = {sample.index: sample for sample in (*data.samples, *data.eval_samples)}
         self.reference: AdapterReference | CopyReference | None = None

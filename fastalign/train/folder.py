@@ -24,7 +24,7 @@ TEMPORARY = ".writing-"  # begins the name of a folder that is still being writt
 # What a run writes at the top of its folder; overwriting deletes these and nothing else. The mark goes last.
 RUN_FILES = (
     "checkpoints", "final", "reference", "report", "report.html", "data.json", "completions.jsonl", "critic.safetensors", "config.yaml",
-    "tensorboard", "wandb", MARK,
+    "adapters", "tensorboard", "wandb", MARK,
 )  # fmt: skip
 
 
