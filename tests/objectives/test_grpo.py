@@ -324,6 +324,9 @@ def test_leave_one_out_and_the_penalty_in_the_reward(place, top_p):
         weight = 1.0 if top_p == 1 else (rollouts.logps - rollouts.sampling_logps)[at].exp().mean()  # of the answer's tokens
         losses.append(-weight * torch.minimum(ratio * rollouts.advantages[i], ratio.clamp(0.8, 1.2) * rollouts.advantages[i]))
     assert float(sums["loss"]) == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    rollouts.ref_logps -= 0.5
+    metrics = objective.metrics({name: float(value) for name, value in sums.items()}, {})
+    assert metrics["kl"] == pytest.approx(0.5, abs=1e-4), "of the generation's tokens: the loss has no penalty"
 
 
 @pytest.mark.parametrize("lora", [0, 4])
