@@ -6,6 +6,7 @@ to each; its steps are repeated `num_iterations` times. What a generation leaves
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,11 +30,14 @@ from fastalign.packing import batches
 from fastalign.rollout.engine import Engine, Sampling, TransformersEngine
 from fastalign.rollout.generate import Completion
 from fastalign.rollout.judges import as_text
+from fastalign.rollout.judging import JudgeConfig, JudgeReward, build_judge
 from fastalign.rollout.reward_model import RewardModel
 from fastalign.rollout.rewards import Reward, load_rewards, score
 from fastalign.rollout.vllm_server import VLLMServerConfig, VLLMServerEngine, check_server
 from fastalign.segments import segment_mean, segment_sum
 from fastalign.types import PackedBatch, Sample
+
+logger = logging.getLogger("fastalign")
 
 ALIKE = 1e-8  # standard deviation of rewards below which they are equal
 
@@ -49,9 +53,11 @@ class OnlineConfig(RunConfig):
     batch_size: int = 8
     """Prompts per optimizer step."""
     rewards: list[str] = field(default_factory=list)
-    """Reward functions: built in (exact_match, numeric_match, tagged_format, repetition), FILE.py:FUNCTION, or folders of reward models."""
+    """Reward functions: built in (exact_match, numeric_match, tagged_format, repetition[:N], soft_overlong:LENGTH:MARGIN),
+    FILE.py:FUNCTION, folders of reward models, or judge, which judge.* names."""
     reward_weights: list[float] | None = None
     """Weight of each in the sum; null: 1."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward_timeout: float | None = None
     """Seconds that one call of a reward function may take; null: any."""
     num_generations: int = 8
@@ -95,8 +101,9 @@ class OnlineConfig(RunConfig):
         self._require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
         self._require("beta", 0 <= self.beta < math.inf, "0 or more and finite")
         self._require(
-            "rewards", bool(self.rewards) or self.judged, "at least one reward function, such as numeric_match or my_rewards.py:good"
+            "rewards", bool(self.reward_names), "at least one reward function, such as numeric_match or my_rewards.py:good, or a judge"
         )
+        self._require_judge()
         self._require("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "positive, or null")
         self._require_choice("reference", ("auto", "adapter", "copy"))
         if self.reference == "adapter" and not self.lora.enabled:
@@ -127,10 +134,20 @@ class OnlineConfig(RunConfig):
             return VLLMServerEngine(model, self.vllm, output=self.output)
         return TransformersEngine(model, max_tokens=self.generation_tokens)
 
+    def _require_judge(self) -> None:
+        if "judge" not in self.reward_names:
+            self._require("rewards", not self.judge.is_named, "left out, or contain judge, which judge.* names")
+            if self.judge != JudgeConfig():
+                raise ConfigError("judge: options of a judge, but none is named; set --judge.function, --judge.url or --judge.model")
+            return
+        self.judge.validate()
+        if self.judge.url and self.judge.mode == "compare":
+            self._require("num_generations", self.num_generations >= 2, "at least 2 for a judge that compares; or set --judge.mode rate")
+
     @property
-    def judged(self) -> bool:
-        """Whether something else than reward functions ranks the answers."""
-        return False
+    def reward_names(self) -> list[str]:
+        """`rewards`; a judge that is named is one of them, and the only one where there is none."""
+        return self.rewards or (["judge"] if self.judge.is_named else [])
 
     @property
     def truncated_sampling(self) -> bool:
@@ -262,6 +279,12 @@ class Rollout:
         self.needs_sampling_logps = needs_sampling_logps
         self.head = head_spec(model)
         self.rewards = reward_functions(config)
+        for reward in self.rewards:
+            judge = reward.function
+            if isinstance(judge, RewardModel) and judge.tokenizer.get_vocab() != data.tokenizer.get_vocab():
+                logger.info(
+                    "reward %s has another tokenizer than the policy: it reads the text of the answers, tokenized anew", reward.name
+                )
         self.engine: Engine = config.make_engine(model)
         self.sampling = config.sampling(data.tokenizer.eos_token_id)
         self.prompt_of = {sample.index: sample for sample in (*data.samples, *data.eval_samples)}
@@ -416,13 +439,21 @@ class Rollout:
 
 
 def reward_functions(config: OnlineConfig, *, models: bool = True) -> list[Reward]:
-    """What `config.rewards` names: functions, and reward models where a name is that of a folder (without `models` these are left out)."""
-    weights = [1.0] * len(config.rewards) if config.reward_weights is None else config.reward_weights
-    if len(weights) != len(config.rewards):
-        raise ConfigError(f"reward_weights: {len(weights)} weights for {len(config.rewards)} reward functions; give one for each")
+    """What `config.rewards` names: functions, a judge, and reward models where a name is that of a folder.
+
+    Without `models` those are left out that need a model or an endpoint.
+    """
+    names = config.reward_names
+    weights = [1.0] * len(names) if config.reward_weights is None else config.reward_weights
+    if len(weights) != len(names):
+        raise ConfigError(f"reward_weights: {len(weights)} weights for {len(names)} reward functions; give one for each")
     found = []
-    for name, weight in zip(config.rewards, weights):
-        if Path(name).is_dir():
+    for name, weight in zip(names, weights):
+        if name == "judge":
+            if models or config.judge.function:
+                judge = JudgeReward(build_judge(config.judge), config.num_generations, config.judge.workers)
+                found.append(Reward("judge", judge, weight))
+        elif Path(name).is_dir():
             if not models:
                 continue
             model = RewardModel(name, max_tokens=config.max_tokens)
@@ -430,7 +461,7 @@ def reward_functions(config: OnlineConfig, *, models: bool = True) -> list[Rewar
         else:
             found += load_rewards([name], [weight])
     if len({reward.name for reward in found}) < len(found):
-        raise ConfigError(f"rewards: two of them have the same name, which their metrics could not tell apart: {', '.join(config.rewards)}")
+        raise ConfigError(f"rewards: two of them have the same name, which their metrics could not tell apart: {', '.join(names)}")
     return found
 
 

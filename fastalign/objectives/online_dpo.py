@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,13 +12,11 @@ from torch import Tensor
 
 from fastalign.data.config import DataConfig
 from fastalign.data.prompts import Prompts
-from fastalign.errors import ConfigError, JudgeError
+from fastalign.errors import ConfigError
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.dpo import DPO, DPOConfig, loss_function
 from fastalign.objectives.online import ALIKE, Buffered, OnlineConfig, Rollout, Rollouts
 from fastalign.packing import packed_tokens
-from fastalign.rollout.judges import EndpointJudge, Judge, Turns
-from fastalign.rollout.judging import JudgeConfig, build_judge
 from fastalign.rollout.rewards import Reward, Rewards
 from fastalign.types import PackedBatch, Sample
 
@@ -34,7 +31,6 @@ class OnlineDPOConfig(OnlineConfig):
 
     name: ClassVar[str] = "online_dpo"
 
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
     num_generations: int = 2
     """Answers to each prompt; the best and the worst of them are the pair."""
     temperature: float = 1.0
@@ -49,10 +45,6 @@ class OnlineDPOConfig(OnlineConfig):
     missing_eos_penalty: float | None = None
     """Taken off the reward of an answer that reached max_completion_length; null: nothing."""
 
-    @property
-    def judged(self) -> bool:
-        return self.judge.is_named
-
     def validate(self) -> None:
         super().validate()
         self._require("num_generations", self.num_generations >= 2, "at least 2: answers are compared with each other")
@@ -60,12 +52,6 @@ class OnlineDPOConfig(OnlineConfig):
         self._require_choice("loss_type", LOSSES)
         penalty = self.missing_eos_penalty
         self._require("missing_eos_penalty", penalty is None or penalty > 0, "positive, or null")
-        if self.judged:
-            self.judge.validate()
-            self._require("rewards", not self.rewards, "left out with a judge, which ranks the answers alone")
-            self._require_use("reward_weights", False, "reward functions")
-        elif self.judge != JudgeConfig():
-            raise ConfigError("judge: options of a judge, but none is named; set --judge.function, --judge.url or --judge.model")
         self.pairwise().validate()
 
     def pairwise(self) -> DPOConfig:
@@ -84,8 +70,6 @@ class OnlineDPOConfig(OnlineConfig):
         )
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Prompts:
-        if self.judge.function:
-            build_judge(self.judge)  # a mistake in its name shows now
         data = super().load_data(tokenizer, vocab_size)
         longest = max((*data.samples, *data.eval_samples), key=lambda sample: len(sample.prompt))
         pair = Sample(longest.index, longest.prompt, ((0,) * self.max_completion_length,) * 2)
@@ -102,12 +86,10 @@ class OnlineDPOConfig(OnlineConfig):
 
 
 class RankedRollout(Rollout):
-    """Rollouts that a judge may reward in place of functions, and where an answer without an end may be rewarded less."""
+    """Rollouts where an answer without an end may be rewarded less."""
 
     def __init__(self, config: OnlineDPOConfig, model: Any, data: Prompts) -> None:
         super().__init__(config, model, data, needs_logps=False)
-        if config.judged:
-            self.rewards = [Reward("judge", JudgeReward(build_judge(config.judge), config.num_generations, config.judge.workers))]
         self.opinions = len(self.rewards)
         if (penalty := config.missing_eos_penalty) is not None:
             end = data.tokenizer.eos_token_id
@@ -120,35 +102,6 @@ class RankedRollout(Rollout):
     def total(self, rewards: Tensor) -> Tensor:
         """The penalty alone is no opinion of an answer."""
         return torch.where(rewards[:, : self.opinions].isnan().all(1), torch.nan, super().total(rewards))
-
-
-class JudgeReward:
-    """A judge as a reward function: its scores of the answers to a prompt; None for all of them when it reaches no verdict.
-
-    Raises JudgeError when it reaches none on any prompt.
-    """
-
-    def __init__(self, judge: Judge, size: int, workers: int) -> None:
-        self.judge, self.size = judge, size
-        self.workers = workers if isinstance(judge, EndpointJudge) else 1
-
-    def __call__(self, prompts: Sequence[Turns], completions: Sequence[Turns], **columns: Any) -> Rewards:
-        columns.pop("completion_ids", None)
-        starts = range(0, len(prompts), self.size)
-
-        def verdict(start: int) -> tuple[float, ...] | JudgeError:
-            row = {name: values[start] for name, values in columns.items()}
-            try:
-                return self.judge(prompts[start], completions[start : start + self.size], row).scores
-            except JudgeError as error:
-                return error
-
-        with ThreadPoolExecutor(self.workers) as pool:
-            verdicts = list(pool.map(verdict, starts))
-        failed = [v for v in verdicts if isinstance(v, JudgeError)]
-        if failed and len(failed) == len(verdicts):
-            raise failed[-1]
-        return [score for v in verdicts for score in ([None] * self.size if isinstance(v, JudgeError) else v)]
 
 
 class OnlineDPO(Buffered):

@@ -1,8 +1,9 @@
-"""Which judge the options name, whatever it judges: `fastalign label`, `eval` and `online_dpo` read the same ones."""
+"""Which judge the options name, whatever it judges: `fastalign label`, `eval` and the online algorithms read the same ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from fastalign.data.messages import Turns
 from fastalign.errors import ConfigError, DataError, JudgeError
 from fastalign.rollout.judges import CRITERIA, EndpointJudge, Judge, Verdict, load_function
 from fastalign.rollout.reward_model import RewardModel
+from fastalign.rollout.rewards import Rewards
 
 
 @dataclass
@@ -89,3 +91,32 @@ class RewardModelJudge:
             return Verdict(tuple(self.reward([prompt] * n, completions, tools=[columns.get("tools")] * n)))
         except DataError as error:
             raise JudgeError(str(error)) from error
+
+
+class JudgeReward:
+    """A judge as a reward function: its scores of the answers to a prompt; None for all of them when it reaches no verdict.
+
+    Raises JudgeError when it reaches none on any prompt.
+    """
+
+    def __init__(self, judge: Judge, size: int, workers: int) -> None:
+        self.judge, self.size = judge, size
+        self.workers = workers if isinstance(judge, EndpointJudge) else 1
+
+    def __call__(self, prompts: Sequence[Turns], completions: Sequence[Turns], **columns: Any) -> Rewards:
+        columns.pop("completion_ids", None)
+        starts = range(0, len(prompts), self.size)
+
+        def verdict(start: int) -> tuple[float, ...] | JudgeError:
+            row = {name: values[start] for name, values in columns.items()}
+            try:
+                return self.judge(prompts[start], completions[start : start + self.size], row).scores
+            except JudgeError as error:
+                return error
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            verdicts = list(pool.map(verdict, starts))
+        failed = [v for v in verdicts if isinstance(v, JudgeError)]
+        if failed and len(failed) == len(verdicts):
+            raise failed[-1]
+        return [score for v in verdicts for score in ([None] * self.size if isinstance(v, JudgeError) else v)]

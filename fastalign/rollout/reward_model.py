@@ -33,7 +33,8 @@ class RewardModel:
         if not is_reward_model(folder):
             raise ConfigError(f"{path} is no reward model: train one with fastalign reward, or name the folder of one")
         self.name, self.max_tokens = Path(path).name, max_tokens
-        self.encoder = Encoder(tokenizer := load_tokenizer(folder))
+        self.tokenizer = tokenizer = load_tokenizer(folder)
+        self.encoder = Encoder(tokenizer)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.model = load_reward_model(folder, pad_token_id=pad).requires_grad_(False)
 

@@ -115,6 +115,26 @@ BUILT_IN: dict[str, Callable[..., Rewards]] = {
 }
 
 
+FORMS = {"soft_overlong": "soft_overlong:LENGTH:MARGIN", "repetition": "repetition or repetition:N"}  # numbers of tokens
+
+
+def built_in(name: str) -> Callable[..., Rewards] | None:
+    """The built-in reward that `name` names, its numbers after colons; None for other names. Raises ConfigError for other numbers.
+
+    >>> built_in("repetition:2")(completion_ids=[[5, 5, 5]])
+    [-0.5]
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    kind, *numbers = name.split(":")
+    if kind not in FORMS:
+        return None
+    if len(numbers) != (2 if kind == "soft_overlong" else 1) or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise ConfigError(f"rewards: write {FORMS[kind]}, with whole numbers of tokens, got {name!r}")
+    given = [int(number) for number in numbers]
+    return soft_overlong(*given) if kind == "soft_overlong" else repetition(*given)
+
+
 def load_rewards(names: Sequence[str], weights: Sequence[float] | None = None) -> list[Reward]:
     """Built-in names, MODULE:FUNCTION and FILE.py:FUNCTION, with their weights (None: 1 each). Raises ConfigError."""
     weights = [1.0] * len(names) if weights is None else list(weights)
@@ -122,10 +142,12 @@ def load_rewards(names: Sequence[str], weights: Sequence[float] | None = None) -
         raise ConfigError(f"reward_weights must be one finite number for each of the {len(names)} reward functions, got {weights}")
     found = []
     for name, weight in zip(names, weights):
-        if ":" not in name and name not in BUILT_IN:
-            raise ConfigError(f"rewards: no built-in reward is called {name!r}; there are {', '.join(BUILT_IN)}, and FILE.py:FUNCTION")
-        short = name if name in BUILT_IN else name.rpartition(":")[2]
-        found.append(Reward(short, BUILT_IN[name] if name in BUILT_IN else load_callable(name, "rewards"), weight))
+        function = built_in(name)
+        if function is None and ":" not in name:
+            known = ", ".join([*(n for n in BUILT_IN if n not in FORMS), *FORMS.values()])
+            raise ConfigError(f"rewards: no built-in reward is called {name!r}; there are {known}, and FILE.py:FUNCTION")
+        short = name if function else name.rpartition(":")[2]
+        found.append(Reward(short, function or load_callable(name, "rewards"), weight))
     names_seen = [reward.name for reward in found]
     if len(set(names_seen)) < len(names_seen):
         raise ConfigError(f"rewards: two functions have the same name, which their metrics could not tell apart: {', '.join(names_seen)}")

@@ -284,12 +284,12 @@ def _usage(algorithm: str, adapter: bool) -> str:
 
 def _rewards(config: Any) -> str:
     """What an online run was rewarded for."""
-    names = getattr(config, "rewards", [])
-    judge = getattr(config, "judge", None)
-    if judge is not None and judge.is_named:
-        return f"## Rewards\n\n- a judge, `{_public(judge.function or judge.model)}`\n"
+    names = getattr(config, "reward_names", [])
     weights = getattr(config, "reward_weights", None) or [1.0] * len(names)
-    lines = [f"- `{_public(name)}`{'' if weight == 1 else f', weight {weight:g}'}" for name, weight in zip(names, weights)]
+    said = [
+        f"a judge, `{_public(config.judge.function or config.judge.model)}`" if name == "judge" else f"`{_public(name)}`" for name in names
+    ]
+    lines = [f"- {name}{'' if weight == 1 else f', weight {weight:g}'}" for name, weight in zip(said, weights)]
     return "## Rewards\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 

@@ -426,8 +426,8 @@ def test_the_kind_of_a_file_is_seen_from_its_columns(tmp_path: Path) -> None:
     assert config.of().truncation == "drop", "each kind has its own defaults"
     with pytest.raises(ConfigError, match=r"data.assistant_only is no option of data for reward; leave it out, or choose the data's"):
         AnyDataConfig(path=config.path, assistant_only=True).of()
-    with pytest.raises(ConfigError, match=r"objective must be one of sft, reward, dpo, .*, got 'ppo'"):
-        config.of("ppo")
+    with pytest.raises(ConfigError, match=r"objective must be one of sft, reward, dpo, .*, got 'dpoo'"):
+        config.of("dpoo")
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from fastalign.errors import ConfigError, JudgeError, RewardError
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.load import load_model
 from fastalign.models.trunk import stock_attention
-from fastalign.objectives.online_dpo import JudgeReward, OnlineDPO, OnlineDPOConfig
+from fastalign.objectives.online_dpo import OnlineDPO, OnlineDPOConfig
 from fastalign.rollout.judges import Verdict
-from fastalign.rollout.judging import JudgeConfig
+from fastalign.rollout.judging import JudgeConfig, JudgeReward
 from fastalign.train.step import micro_batches, run_step
 
 PROMPTS = ["old river", "why?", "a green lamp holds the letter", "stone"]
@@ -257,10 +257,11 @@ def _result(row):
     ("options", "message"),
     [
         ({"rewards": []}, "rewards must be at least one reward function"),
-        ({"judge": JudgeConfig(function="json:dumps")}, "rewards must be left out with a judge"),
+        ({"judge": JudgeConfig(function="json:dumps")}, "rewards must be left out, or contain judge"),
         ({"judge": JudgeConfig(workers=2)}, "options of a judge, but none is named"),
         ({"judge": JudgeConfig(function="json:nowhere"), "rewards": []}, "json has no function 'nowhere'"),
-        ({"judge": JudgeConfig(function="json:dumps"), "rewards": [], "reward_weights": [2.0]}, "reward_weights must be left at None"),
+        ({"judge": JudgeConfig(function="json:dumps"), "rewards": [], "reward_weights": [2.0, 1.0]}, "2 weights for 1 reward functions"),
+        ({"rewards": ["judge"]}, "judge: name one judge"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"loss_type": "aot"}, "loss_type must be one of sigmoid, ipo"),

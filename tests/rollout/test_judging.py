@@ -2,8 +2,7 @@
 
 import pytest
 
-from fastalign.objectives.online_dpo import JudgeReward
-from fastalign.rollout.judging import JudgeConfig, build_judge
+from fastalign.rollout.judging import JudgeConfig, JudgeReward, build_judge
 
 pytest.importorskip("openai", reason="judges behind an endpoint are unproven here")
 from endpoint import Endpoint, prefers_longer

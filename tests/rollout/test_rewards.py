@@ -114,6 +114,22 @@ def test_rewards_are_loaded_by_name(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             load_rewards(names, weights)
+    found = load_rewards(["soft_overlong:10:4", "repetition:2", "repetition:1", "repetition"])
+    assert [r.name for r in found] == ["soft_overlong:10:4", "repetition:2", "repetition:1", "repetition"]
+    alone = (soft_overlong(10, 4), repetition(2), repetition(1), repetition())
+    assert [r.function(completion_ids=IDS) for r in found] == [function(completion_ids=IDS) for function in alone]
+    for name, message in [
+        ("soft_overlong", "write soft_overlong:LENGTH:MARGIN, with whole numbers of tokens, got 'soft_overlong'"),
+        ("soft_overlong:10", "write soft_overlong:LENGTH:MARGIN"),
+        ("soft_overlong:10:-4", "write soft_overlong:LENGTH:MARGIN"),
+        ("soft_overlong:4:10", "needs 0 < margin <= length, got margin 10 and length 4"),
+        ("repetition:two", "write repetition or repetition:N, .* got 'repetition:two'"),
+        ("repetition:2:3", "write repetition or repetition:N"),
+        ("repetition:0", "n-grams of at least 1 token, got 0"),
+        ("overlong", "there are exact_match, numeric_match, tagged_format, soft_overlong:LENGTH:MARGIN, repetition or repetition:N, and"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_rewards([name])
     for bad in (lambda: soft_overlong(3, 4), lambda: repetition(0)):
         with pytest.raises(ConfigError):
             bad()

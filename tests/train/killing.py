@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401 (here, once, before any fork)
 
-import fastalign.objectives.online
+import fastalign.rollout.engine
 import fastalign.train.loop
 from fastalign import train
 from fastalign.data.config import DataConfig, PromptDataConfig
@@ -101,7 +101,7 @@ class Place:
 
     def watch(self) -> None:
         """In a child: let what generates, reuses and saves say so."""
-        loop, online = fastalign.train.loop, fastalign.objectives.online
+        loop, engine = fastalign.train.loop, fastalign.rollout.engine
         step, finish = loop._Run._step, loop._Run._finish
 
         def watched(run: Any) -> None:
@@ -111,7 +111,7 @@ class Place:
         loop._Run._step = watched
         loop._Run._finish = lambda run: self.within(SAVING, finish, run)
         loop.checkpoint.save = partial(self.within, SAVING, loop.checkpoint.save)
-        online.generate = partial(self.within, GENERATING, online.generate)
+        engine.generate = partial(self.within, GENERATING, engine.generate)
 
 
 def start(settings: RunConfig, log: Path, place: Place) -> int:
