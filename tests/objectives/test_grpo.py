@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
-from fastalign import train
+from fastalign import packing, train
 from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import load_prompts
 from fastalign.errors import ConfigError, DataError
@@ -143,6 +143,22 @@ def test_the_cut_into_micro_batches_does_not_matter(place, options):
         results.append((metrics, [w.grad for w in objective.model.parameters()]))
     for metrics, grads in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
+        assert all(same(a, b) for a, b in zip(grads, results[0][1]))
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "vespo", "beta": 0.2}, {"top_entropy_quantile": 0.3}])
+def test_a_group_that_shares_its_prompt_takes_the_same_step(place, options, monkeypatch):
+    monkeypatch.setattr(packing, "SHARE_FROM", 2)
+    results = []
+    for share, max_tokens in ((False, 500), (True, 500), (True, 48)):
+        objective, prompts = rolled(place, num_iterations=2, share_prompts=share, **options)
+        bins = micro_batches(list(objective.samples(1, prompts)), max_tokens, share=share)
+        assert any(packing.collate(members, share=share).shared is not None for members in bins) == share
+        sums, counts = run_step(objective, bins, device=torch.device("cpu"), share=share)
+        metrics = objective.metrics({name: float(value) for name, value in sums.items()}, counts)
+        results.append((metrics, [w.grad for w in objective.model.parameters()]))
+    for metrics, grads in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)
         assert all(same(a, b) for a, b in zip(grads, results[0][1]))
 
 
