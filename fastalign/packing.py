@@ -102,23 +102,23 @@ def batches(samples: Sequence[Sample], max_tokens: int, *, share: bool = False) 
 
 def spared_tokens(samples: Sequence[Sample]) -> int:
     """Tokens that sharing prompts leaves out of one batch of `samples`."""
-    return sum((count - 1) * (len(context) - 1) for context, count in _uses(samples).items())
+    return sum((count - 1) * (len(context) - 1) for context, count in _uses(samples, SHARE_FROM).items())
 
 
-def _uses(samples: Sequence[Sample]) -> Counter[tuple[int, ...]]:
-    """How many sequences begin with each prompt that is long enough to be shared."""
-    return Counter(context for sample in samples for context in sample.contexts if len(context) >= SHARE_FROM)
+def _uses(samples: Sequence[Sample], shortest: int) -> Counter[tuple[int, ...]]:
+    """How many sequences begin with each prompt of `shortest` tokens or more."""
+    return Counter(context for sample in samples for context in sample.contexts if len(context) >= shortest)
 
 
-def collate(samples: Sequence[Sample], *, share: bool = False) -> PackedBatch:
+def collate(samples: Sequence[Sample], *, share: bool = False, share_from: int | None = None) -> PackedBatch:
     """The sequences of `samples` (sample by sample, completion by completion) as one packed batch of CPU tensors.
 
     Row i predicts token i+1 of its own sequence; the scored rows (`live`) are those whose next token belongs to the
     completion and is not masked. The first token of a sequence with an empty prompt has nothing before it and is not
-    scored. Either all samples have labels or none has. With `share`, a prompt of SHARE_FROM tokens or more that several
-    sequences have is there once, right before the first of them.
+    scored. Either all samples have labels or none has. With `share`, a prompt of `share_from` tokens or more (2 at least; None:
+    SHARE_FROM) that several sequences have is there once, right before the first of them.
     """
-    uses = _uses(samples) if share else Counter()
+    uses = _uses(samples, SHARE_FROM if share_from is None else share_from) if share else Counter()
     prompts: dict[tuple[int, ...], int] = {}  # shared prompt -> its piece
     tokens: list[int] = []
     positions: list[int] = []

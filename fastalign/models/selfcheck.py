@@ -55,13 +55,18 @@ def self_check(model: Any, batch: PackedBatch, *, share: bool = False, sequences
 
 def _check_shared(model: Any, head: HeadSpec, samples: list[Sample], packed: Tensor) -> None:
     """Raise ModelError unless two copies of every sequence give, with one prompt for both, what `packed` says of one."""
-    twice = [replace(sample, completions=sample.completions * 2) for sample in samples]
-    batch = collate(twice, share=True).to(packed.device)
+    twice: list[Sample] = []
+    for sample in samples:
+        ids = sample.prompt + sample.completions[0]
+        scored = min(len(sample.completions[0]), len(ids) // 2)  # no more than half, so that short sequences have a prompt, too
+        twice.append(replace(sample, prompt=ids[:-scored], completions=(ids[-scored:],) * 2))
+    batch = collate(twice, share=True, share_from=2).to(packed.device)  # prompts of later samples may be longer than these
     if batch.shared is None:
         return
     fused = head.logps(trunk(model, batch).hidden[batch.live], batch.live_target).logps
-    counts = [len(sample.completions[0]) for sample in samples]
-    pairs = zip(fused.split([2 * n for n in counts]), packed.split(counts))
+    counts = [len(sample.completions[0]) for sample in twice]
+    alone = [part[-n:] for part, n in zip(packed.split([len(sample.completions[0]) for sample in samples]), counts)]
+    pairs = zip(fused.split([2 * n for n in counts]), alone)
     worst = max(float(((both.view(2, -1) - one).abs() / one.abs().clamp(min=1.0)).max()) for both, one in pairs)
     if not worst <= _TOLERANCE[head.weight.dtype]:
         raise ModelError(
