@@ -20,6 +20,7 @@ from fastalign.models.load import load_model
 from fastalign.models.trunk import evaluation
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.distill import Distill, DistillConfig
+from fastalign.objectives.online import is_due
 from fastalign.packing import batches
 from fastalign.rollout.generate import Completion, generate
 from fastalign.types import Sample
@@ -144,8 +145,7 @@ class GKD(Distill):
 
     def shown(self, step: int) -> list[dict[str, Any]]:
         """The answers to the step's first two prompts, at the first step and every `completions_every`, if it took answers."""
-        every = self.config.completions_every
-        if not every or (step > 1 and step % every):
+        if not is_due(step, self.config.completions_every):
             return []
         return [
             {

@@ -20,6 +20,7 @@ from fastalign.losses.weights import importance_weights, off_policy_mask, sampli
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.online import Buffered, OnlineConfig, Rollout, Rollouts
+from fastalign.objectives.pairs import add_sums
 from fastalign.segments import segments_in
 from fastalign.types import HeadOutput, PackedBatch, Sample
 
@@ -274,8 +275,7 @@ class GRPO(Buffered):
             part = {"tokens": result.tokens, "clipped_low": result.clipped_low, "clipped_high": result.clipped_high, "kl": result.kl}
             if out.entropy is not None:
                 part["entropy"] = out.entropy.detach()
-            for name, value in part.items():
-                sums[name] = sums[name] + value.sum() if name in sums else value.sum()
+            add_sums(sums, {name: value.sum() for name, value in part.items()})
             return result.loss
 
         loss = self.head.loss(

@@ -266,9 +266,8 @@ class Buffered:
         return generation
 
     def _is_shown(self, step: int) -> bool:
-        """Whether answers are to be shown after optimizer step `step`, counted from 1: at the first and every `completions_every`."""
-        every = self.config.completions_every
-        return self.rollouts is not None and bool(every) and (step == 1 or step % every == 0)
+        """Whether there are answers to be shown after optimizer step `step`, counted from 1."""
+        return self.rollouts is not None and is_due(step, self.config.completions_every)
 
 
 class Rollout:
@@ -463,6 +462,11 @@ def reward_functions(config: OnlineConfig, *, models: bool = True) -> list[Rewar
     if len({reward.name for reward in found}) < len(found):
         raise ConfigError(f"rewards: two of them have the same name, which their metrics could not tell apart: {', '.join(names)}")
     return found
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether answers are shown after optimizer step `step`, counted from 1: the first one and every `every`; 0: never."""
+    return bool(every) and (step == 1 or step % every == 0)
 
 
 def nan_std(values: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from fastalign.models.critic import add_critic, value_head
 from fastalign.models.reference import token_logps
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.objectives.base import Dataset
-from fastalign.objectives.online import OnlineConfig, Rollout, Rollouts
+from fastalign.objectives.online import OnlineConfig, Rollout, Rollouts, is_due
+from fastalign.objectives.pairs import add_sums
 from fastalign.segments import segment_expand, segment_mean, segment_sum
 from fastalign.types import HeadOutput, PackedBatch, Sample
 
@@ -117,7 +118,7 @@ class Generation(NamedTuple):
     @property
     def boundaries(self) -> Tensor:
         """(B+1,) int32"""
-        return _boundaries(self.rollouts)
+        return self.rollouts.boundaries
 
     @property
     def counted(self) -> Tensor:
@@ -150,7 +151,7 @@ def token_rewards(config: PPOConfig, rollouts: Rollouts, totals: Tensor) -> Toke
 
 def estimate(config: PPOConfig, rollouts: Rollouts, earned: TokenRewards, values: Tensor) -> Estimates:
     """Advantages and returns from the critic's `values` (T,); the advantages are whitened over the tokens of answers that count."""
-    advantages, returns = gae(earned.rewards, values, _boundaries(rollouts), gamma=config.gamma, lam=config.lam)
+    advantages, returns = gae(earned.rewards, values, rollouts.boundaries, gamma=config.gamma, lam=config.lam)
     return Estimates(values, returns, whiten(advantages, earned.counts.repeat_interleave(rollouts.lengths)))
 
 
@@ -195,7 +196,7 @@ class PPO:
         rollouts.logps, values = (x.contiguous() for x in self.rollout.per_token(rollouts, self._look).unbind(1))
         earned = token_rewards(self.config, rollouts, self.rollout.total(rollouts.rewards))
         estimates = estimate(self.config, rollouts, earned, values)
-        rollouts.advantages = segment_mean(estimates.advantages, _boundaries(rollouts))  # as shown to a reader
+        rollouts.advantages = segment_mean(estimates.advantages, rollouts.boundaries)  # as shown to a reader
         return Generation(rollouts, earned, estimates)
 
     def _look(self, batch: PackedBatch) -> Tensor:
@@ -234,7 +235,7 @@ class PPO:
                 part = {"clipped": clipped, "approxkl": 0.5 * moved**2, "ratio": ratio}
                 if out.entropy is not None:
                     part["entropy"] = out.entropy
-                _add(sums, {name: value * counted[rows] for name, value in part.items()})
+                add_sums(sums, {name: (value * counted[rows]).sum() for name, value in part.items()})
             return (loss * scale[rows]).sum()
 
         policy_loss = self.head.loss(
@@ -249,7 +250,7 @@ class PPO:
         )
         if value_loss is None:
             value_loss = self._value_loss(batch, hidden, scale, counted, sums)
-        _add(sums, {"policy": policy_loss.detach(), "value": value_loss.detach()})
+        add_sums(sums, {"policy": policy_loss.detach(), "value": value_loss.detach()})
         loss = policy_loss + config.vf_coef * value_loss
         if found.aux_loss is not None:
             share = length / tokens
@@ -265,7 +266,7 @@ class PPO:
         if clip is not None:
             with torch.no_grad():
                 worse = (values.clamp(old - clip, old + clip) - returns) ** 2 > (values - returns) ** 2
-            _add(sums, {"value_clipped": worse * counted})
+            add_sums(sums, {"value_clipped": (worse * counted).sum()})
         return (clipped_value_loss(values, old, returns, clip=clip) * scale).sum()
 
     def _adapter_value_loss(self, batch: PackedBatch, scale: Tensor, counted: Tensor, sums: dict[str, Tensor]) -> Tensor:
@@ -313,11 +314,10 @@ class PPO:
         return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0)))
 
     def shown(self, step: int) -> list[dict[str, Any]]:
-        """Four answers of the step, no more than two of them to one prompt, at the first step and every `completions_every`."""
-        size, every = self.config.num_generations, self.config.completions_every
-        if self.drawn is None or not every or (step > 1 and step % every):
+        """Four answers of the step, no more than two of them to one prompt, when answers are due."""
+        if self.drawn is None or not is_due(step, self.config.completions_every):
             return []
-        return self.rollout.shown(self.drawn.rollouts, [i for i in self.answers if i % size < 2][:4])
+        return self.rollout.shown(self.drawn.rollouts, [i for i in self.answers if i % self.config.num_generations < 2][:4])
 
     def after_step(self, step: int) -> None:
         """A generation that has been trained on is not needed again."""
@@ -341,13 +341,3 @@ class PPO:
         rollouts = Rollouts(**parts[""])
         earned = token_rewards(self.config, rollouts, self.rollout.total(rollouts.rewards))
         self.drawn = Generation(rollouts, earned, Estimates(**parts["estimates"]))
-
-
-def _boundaries(rollouts: Rollouts) -> Tensor:
-    """(B+1,) int32 boundaries of the answers."""
-    return torch.tensor(rollouts.bounds, dtype=torch.int32)
-
-
-def _add(sums: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
-    for name, value in parts.items():
-        sums[name] = sums[name] + value.sum() if name in sums else value.sum()
