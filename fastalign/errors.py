@@ -52,6 +52,10 @@ class RewardError(FastalignError, RuntimeError):
     """A reward function failed; the message names the function and the completion."""
 
 
+class LossError(FastalignError, RuntimeError):
+    """A loss of the user's own failed; the message names the function."""
+
+
 class RolloutError(FastalignError, RuntimeError):
     """The server that answers prompts is away, refuses, or its reply is not what was asked for; the message names the server."""
 

@@ -7,6 +7,7 @@ from fastalign.losses.aggregate import token_mean as token_mean
 from fastalign.losses.kl import kl_k1 as kl_k1
 from fastalign.losses.kl import kl_k2 as kl_k2
 from fastalign.losses.kl import kl_k3 as kl_k3
+from fastalign.losses.own import own_loss as own_loss
 from fastalign.losses.policy import POLICY_LOSSES as POLICY_LOSSES
 from fastalign.losses.policy import cispo as cispo
 from fastalign.losses.policy import gspo as gspo

@@ -181,7 +181,7 @@ class PolicyOutput(NamedTuple):
 
 
 def policy_loss(
-    name: str,  # of POLICY_LOSSES
+    name: str | PolicyLoss,  # of POLICY_LOSSES, or one that is not there
     logps: Tensor,  # (N,) float32
     old_logps: Tensor,  # (N,)
     advantages: Tensor,  # (N,), or (S, 1): one per sequence
@@ -242,11 +242,11 @@ def policy_loss(
     return PolicyOutput(loss, *_statistics(spec, log_ratio, per_token, penalty, cu_seqlens, mask, options))
 
 
-def resolve(name: str, level: str | None, length: int | None, kl: str) -> tuple[PolicyLoss, str]:
-    """The entry of `POLICY_LOSSES` and the level of its importance ratio; ValueError for what does not exist."""
-    if name not in POLICY_LOSSES:
+def resolve(name: str | PolicyLoss, level: str | None, length: int | None, kl: str) -> tuple[PolicyLoss, str]:
+    """The entry of `POLICY_LOSSES`, or the one given, and the level of its importance ratio; ValueError for what does not exist."""
+    if not isinstance(name, PolicyLoss) and name not in POLICY_LOSSES:
         raise ValueError(f"no policy loss is called {name!r}; there are {', '.join(POLICY_LOSSES)}")
-    spec = POLICY_LOSSES[name]
+    spec = name if isinstance(name, PolicyLoss) else POLICY_LOSSES[name]
     level = spec.level if level is None else level
     if level not in ("token", "sequence", "product"):
         raise ValueError(f"level must be token, sequence or product, got {level!r}")
@@ -271,8 +271,8 @@ def options_of(token_loss: Callable[..., Tensor], given: dict[str, Any]) -> dict
 def clip_bounds(token_loss: Callable[..., Tensor], given: dict[str, Any]) -> tuple[float, float]:
     """Outside of which ratios a token counts as clipped: none, for a loss that does not clip."""
     options = options_of(token_loss, given)
-    if token_loss is ppo_clip:
-        return 1 - options["clip_low"], 1 + options["clip_high"]
+    if "clip_low" in options:  # ppo_clip, and others of its kind
+        return 1 - options["clip_low"], 1 + options.get("clip_high", math.inf)
     return -math.inf, options.get("clip_high", math.inf)
 
 

@@ -83,6 +83,7 @@ class RunConfig:
     """Options that every algorithm has. A step's result does not depend on `max_tokens`, `share_prompts`, `logits_budget` and `metrics`."""
 
     name: ClassVar[str] = ""
+    names_code: ClassVar[tuple[str, ...]] = ()  # options whose values may name code of the user's, by a colon in them
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -199,6 +200,10 @@ class RunConfig:
     def objective(self, model: Any, data: Dataset, folder: Path) -> Objective:
         """The loss of this algorithm for `model`, whose weights are still the initial ones; `folder` is the run's."""
         raise NotImplementedError
+
+    def sources(self) -> dict[str, str]:
+        """Of the user's own code that makes the loss: a name and the digest of its source, the same in a resumed run."""
+        return {}
 
     def _require(self, option: str, good: bool, wanted: str) -> None:
         if not good:

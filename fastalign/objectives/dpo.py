@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from fastalign.losses.preference import matched
 from fastalign.models.heads import head_spec
 from fastalign.models.reference import CopyReference, Reference, build_reference, sequence_logps
 from fastalign.models.trunk import trunk
+from fastalign.objectives import own
 from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.objectives.pairs import (
     METRIC_OUTPUTS,
@@ -54,14 +55,18 @@ class DPOConfig(RunConfig):
     """Direct preference optimisation: makes a model prefer the chosen to the rejected answers, within reach of where it started."""
 
     name: ClassVar[str] = "dpo"
+    names_code: ClassVar[tuple[str, ...]] = ("loss_type",)
 
     beta: float = 0.1
     """Strength of the pull towards the reference (IPO: its tau)."""
     loss_type: str | list[str] = "sigmoid"
     """One of sigmoid (DPO), ipo, hinge (SLiC), robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, aot,
-    aot_unpaired, discopop, sigmoid_norm, sft (likelihood of the chosen answers); or several, to be added up."""
+    aot_unpaired, discopop, sigmoid_norm, sft (likelihood of the chosen answers), or FILE.py:FUNCTION, a loss of your own; or
+    several, to be added up."""
     loss_weights: list[float] | None = None
     """Factors of the losses in `loss_type`; null: 1 each."""
+    loss_options: dict[str, float] = field(default_factory=dict)
+    """Further options of a loss of your own, by its own names."""
     label_smoothing: float = 0.0
     """Probability that a preference label is wrong; sigmoid (cDPO), robust, exo_pair (more than 0, usually 0.001), aot."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
@@ -100,19 +105,28 @@ class DPOConfig(RunConfig):
         super().validate()
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         known = (*PREFERENCE_LOSSES, "sft")
-        self._require("loss_type", bool(names) and all(name in known for name in names), f"one or more of {', '.join(known)}")
+        self._require(
+            "loss_type",
+            bool(names) and all(name in known or own.is_own(name) for name in names),
+            f"one or more of {', '.join(known)}, or FILE.py:FUNCTION",
+        )
         self._require(
             "loss_weights", self.loss_weights is None or len(self.loss_weights) == len(names), f"{len(names)} numbers, as loss_type"
         )
         self._require("beta", self.beta > 0, "positive")
         self._require("discopop_tau", self.discopop_tau > 0, "positive")
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-        if self.label_smoothing and not set(names) & set(_SMOOTHED):
+        owns = [own_pair_loss(name, self) for name in names if own.is_own(name)]
+        taken = {option for loss in owns for option in loss.takes}
+        if self.loss_options and not owns:
+            self._require("loss_options", False, "left out: they are those of a loss of your own, FILE.py:FUNCTION")
+        if self.label_smoothing and not set(names) & set(_SMOOTHED) and "label_smoothing" not in taken:
             self._require("label_smoothing", False, f"0 with loss_type={self.loss_type}: only {', '.join(_SMOOTHED)} have a smoothed form")
         if "exo_pair" in names and not self.label_smoothing:
             self._require("label_smoothing", False, "more than 0 with exo_pair, whose loss is infinite at 0; set --label_smoothing 0.001")
         self._require_choice("f_divergence_type", tuple(SCORES))
-        if self.f_divergence_type != "reverse_kl" and (wrong := set(names) - {*_SCORED, "sft"}):
+        scored = {*_SCORED, "sft", *(loss.name for loss in owns if "score" in loss.takes)}
+        if self.f_divergence_type != "reverse_kl" and (wrong := set(names) - scored):
             self._require("f_divergence_type", False, f"reverse_kl with {', '.join(sorted(wrong))}; others go with {', '.join(_SCORED)}")
         self._require_use("f_alpha_divergence_coef", self.f_divergence_type == "alpha_divergence", "f_divergence_type=alpha_divergence")
         self._require_use("discopop_tau", "discopop" in names, "loss_type=discopop")
@@ -121,7 +135,8 @@ class DPOConfig(RunConfig):
         self._require_use("reference", not self.reference_free, "a reference, not with reference_free")
         self._require("ld_alpha", self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "in [0, 1], or null")
         self._require("rpo_alpha", self.rpo_alpha is None or self.rpo_alpha >= 0, "0 or more, or null")
-        if self.use_weighting and (coupled := set(names) & set(_COUPLED)):
+        coupling = {*_COUPLED, *(loss.name for loss in owns if loss.couples == "step")}
+        if self.use_weighting and (coupled := set(names) & coupling):
             self._require("use_weighting", False, f"false with {', '.join(sorted(coupled))}, which compares a pair with others than itself")
         self._require_choice("reference", ("auto", "adapter", "cache", "copy"))
         if self.reference == "adapter" and not self.lora.enabled:
@@ -132,6 +147,9 @@ class DPOConfig(RunConfig):
             self._require("sync_ref_model", not self.lora.enabled, "false with an adapter: the reference has no weights of its own to move")
             self._require("sync_ref_model", not self.reference_free, "false with reference_free")
             self._require("reference", self.reference in ("auto", "copy"), "auto or copy with sync_ref_model: another one cannot follow")
+
+    def sources(self) -> dict[str, str]:
+        return own.digests(*(name for name, _ in self.losses))
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Samples:
         return load_preferences(self.data, tokenizer, vocab_size=vocab_size)
@@ -149,7 +167,8 @@ class DPO:
     WPO's where that is used. The loss "sft" is sum_i w_i NLL_i / (chosen tokens of the step); TRL 1.16 fails on it with WPO.
 
     aot and aot_unpaired couple all pairs of the step by their ranks, for which the policy scores the step once more beforehand,
-    without gradient; so they do not depend on the cut either, where TRL sorts each micro-batch by itself.
+    without gradient; so they do not depend on the cut either, where TRL sorts each micro-batch by itself. So does a loss of the
+    user's own that declares it: its derivatives by the log-probs are then known beforehand, and a micro-batch multiplies by them.
 
     Metrics are those of TRL's DPOTrainer: rewards/* and logps/* are unweighted means over the step's pairs, logits/* and
     mean_token_accuracy means over its chosen (rejected) completion tokens, entropy over both.
@@ -163,14 +182,19 @@ class DPO:
         self.losses = [(name, weight, loss_function(name, config)) for name, weight in config.losses]
         full = METRIC_OUTPUTS if config.metrics == "full" else ()
         self.outputs = ("logps", *full, *(("log_sum_sq_probs",) if config.use_weighting else ()))
-        self.coupled = any(name in _COUPLED for name, _ in config.losses)
+        self.ranked = any(name in _COUPLED for name, _ in config.losses)
+        self.joint = [(factor, loss) for _, factor, loss in self.losses if isinstance(loss, own.OwnPairLoss) and loss.couples == "step"]
+        self.coupled = self.ranked or bool(self.joint)
         self.quantiles: dict[int, tuple[float, ...]] = {}
+        self.shares: dict[int, tuple[float, ...]] = {}  # of a pair in the losses that couple the step, and its derivatives by two log-probs
 
     def prepare(self, samples: Sequence[Sample]) -> None:
-        """The ranks of every pair among those of the step, for the losses that need them."""
+        """What the losses that couple the step know of every pair: its ranks among the others, or its share and derivatives."""
         if not self.coupled:
             return
         logps, ref_logps = self._score(samples)
+        if self.joint:
+            self.shares = {sample.index: tuple(row) for sample, row in zip(samples, self._joint_shares(samples, logps, ref_logps).tolist())}
         ratios = logps - ref_logps
         gaps = matched(logps[:, 0] - logps[:, 1], ref_logps[:, 0] - ref_logps[:, 1])
         columns = torch.stack([gaps, matched(ratios[:, 0], ratios[:, 1]), matched(ratios[:, 1], ratios[:, 0])], dim=1)
@@ -183,7 +207,8 @@ class DPO:
         beta = self.config.beta
         ref_logps = self._ref_logps(batch)  # (2P,), chosen and rejected in turn
         policy = trunk(self.model, batch)
-        quantiles = batch.weight.new_tensor([self.quantiles[i] for i in batch.index]) if self.coupled else None
+        quantiles = batch.weight.new_tensor([self.quantiles[i] for i in batch.index]) if self.ranked else None
+        shares = batch.weight.new_tensor([self.shares[i] for i in batch.index]) if self.joint else None
         sums: Sums = {}
 
         def loss_of_slab(slab: PairSlab) -> Tensor:
@@ -193,12 +218,18 @@ class DPO:
             if self.config.use_weighting:
                 weight = weight * likelihood_weights(slab)
             total = logps.new_zeros(())
+            if shares is not None:
+                known_before, slopes = slab.of_pairs(shares)[:, 0], slab.of_pairs(shares)[:, 1:]
+                moved = (slopes * (logps - logps.detach()).view(-1, 2)).sum(1)  # 0, with the gradient
+                total = total + (known_before + moved).sum()
             for name, factor, pair_loss_of in self.losses:
+                if isinstance(pair_loss_of, own.OwnPairLoss) and pair_loss_of.couples == "step":
+                    continue
                 if pair_loss_of is None:
                     total = total - factor * (slab.sums[0::2] * weight).sum() / max(1.0, denominators["chosen_tokens"])
                     continue
                 known: dict[str, Any] = {}
-                if name in PER_TOKEN:
+                if name in PER_TOKEN or (isinstance(pair_loss_of, own.OwnPairLoss) and pair_loss_of.takes_lengths):
                     known = {"chosen_lengths": slab.lengths[0::2], "rejected_lengths": slab.lengths[1::2]}
                 elif quantiles is not None and name in _COUPLED:
                     gaps, rejected, chosen = slab.of_pairs(quantiles).unbind(1)
@@ -234,6 +265,20 @@ class DPO:
     def _ref_logps(self, batch: PackedBatch) -> Tensor:
         return batch.weight.new_zeros(len(batch.live_bounds) - 1) if self.reference is None else self.reference.logps(batch)
 
+    def _joint_shares(self, samples: Sequence[Sample], logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """(P, 3) of every pair of the step: its share of the losses that couple them all, and their derivatives by its two log-probs."""
+        weight = logps.new_tensor([sample.weight for sample in samples])
+        lengths = dict(zip(own.LENGTHS, torch.tensor([sample.scored for sample in samples], device=logps.device).unbind(1)))
+        with torch.enable_grad():
+            leaves = logps.clone().requires_grad_()
+            shares = torch.zeros_like(weight)
+            for factor, loss in self.joint:
+                known = lengths if loss.takes_lengths else {}
+                found = loss(leaves[:, 0], leaves[:, 1], ref_logps[:, 0], ref_logps[:, 1], **known).loss
+                shares = shares + factor * found * weight / len(samples)
+            (slopes,) = torch.autograd.grad(shares.sum(), leaves)
+        return torch.cat([shares.detach()[:, None], slopes], dim=1)
+
     def _score(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """(P, 2) log-probs of the samples under the policy and the reference, without gradient."""
         found = torch.empty(2, len(samples), 2, device=self.head.weight.device)
@@ -244,16 +289,29 @@ class DPO:
         return found[0], found[1]
 
 
+def own_pair_loss(name: str, config: DPOConfig) -> own.OwnPairLoss:
+    """The loss of the user's own `name`, with the options of the run that it takes."""
+    return own.pair_loss(
+        name, {"beta": config.beta, "label_smoothing": config.label_smoothing, "score": _score_of(config)}, config.loss_options
+    )
+
+
+def _score_of(config: DPOConfig) -> Any:
+    alpha = {"alpha": config.f_alpha_divergence_coef} if config.f_divergence_type == "alpha_divergence" else {}
+    return partial(SCORES[config.f_divergence_type], **alpha)
+
+
 def loss_function(name: str, config: DPOConfig) -> Any:
     """The pair loss `name` with its options of the run; None for "sft", which is no loss of a pair."""
     if name == "sft":
         return None
+    if own.is_own(name):
+        return own_pair_loss(name, config)
     options: dict[str, Any] = {"beta": config.beta}
     if name in _SMOOTHED:
         options["label_smoothing"] = config.label_smoothing
     if name == "discopop":
         options["tau"] = config.discopop_tau
     if name in _SCORED:
-        alpha = {"alpha": config.f_alpha_divergence_coef} if config.f_divergence_type == "alpha_divergence" else {}
-        options["score"] = partial(SCORES[config.f_divergence_type], **alpha)
+        options["score"] = _score_of(config)
     return partial(PREFERENCE_LOSSES[name], **options)

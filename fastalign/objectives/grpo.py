@@ -15,9 +15,10 @@ from fastalign.advantages import group_relative
 from fastalign.data.prompts import Prompts
 from fastalign.losses import fused_triton
 from fastalign.losses.aggregate import fixed_length, sequence_mean, token_mean
-from fastalign.losses.policy import KL_ESTIMATES, POLICY_LOSSES, PolicyOutput, cispo, options_of, policy_loss, ppo_clip
+from fastalign.losses.policy import KL_ESTIMATES, POLICY_LOSSES, PolicyLoss, PolicyOutput, cispo, options_of, policy_loss, ppo_clip, vespo
 from fastalign.losses.weights import importance_weights, off_policy_mask, sampling_drift, top_entropy_mask
 from fastalign.models.trunk import trunk
+from fastalign.objectives import own
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.online import Buffered, OnlineConfig, Rollout, Rollouts
 from fastalign.objectives.pairs import add_sums
@@ -32,10 +33,12 @@ class GRPOConfig(OnlineConfig):
     """GRPO and its relatives: makes the answers more likely that are rewarded above the others to the same prompt."""
 
     name: ClassVar[str] = "grpo"
+    names_code: ClassVar[tuple[str, ...]] = ("loss_type",)
     penalty_in_loss: ClassVar[bool] = True
 
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "gspo"] = "dapo"
-    """What is clipped and what is averaged; dapo: clipped ratios of tokens, every token of the step weighs the same."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "gspo"] | str = "dapo"
+    """What is clipped and what is averaged; dapo: clipped ratios of tokens, every token of the step weighs the same.
+    FILE.py:FUNCTION: a loss of your own."""
     importance_sampling_level: Literal["token", "sequence"] | None = None
     """Whose ratio to the policy that answered a token has; null: that of the loss type."""
     epsilon: float = 0.2
@@ -69,7 +72,9 @@ class GRPOConfig(OnlineConfig):
 
     def validate(self) -> None:
         super().validate()
-        self._require_choice("loss_type", get_args(get_type_hints(type(self))["loss_type"]))
+        kind = get_type_hints(type(self))["loss_type"]
+        if not (own.is_own(self.loss_type) and str in get_args(kind)):
+            self._require_choice("loss_type", own.choices(kind))
         self._require_choice("scale_rewards", ("group", "batch", "none"))
         self._require_choice("kl_estimator", get_args(get_type_hints(type(self))["kl_estimator"]))
         if self.importance_sampling_level is not None:
@@ -84,13 +89,15 @@ class GRPOConfig(OnlineConfig):
         self._require("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]")
         self._require_correction()
         self._require("entropy_coef", 0 <= self.entropy_coef < float("inf"), "0 or more and finite")
-        token_loss = POLICY_LOSSES[self.loss_type].token_loss
-        for option in ("epsilon", "delta"):
-            self._require_use(option, token_loss is ppo_clip, "a loss type that clips ratios")
-        self._require_use("epsilon_high", token_loss in (ppo_clip, cispo), "a loss type that bounds ratios")
+        token_loss = self.policy_loss.token_loss
+        takes = own.takes_of(token_loss)
+        for option, bound in (("epsilon", "clip_low"), ("delta", "delta")):
+            self._require_use(option, bound in takes, "a loss type that clips ratios")
+        self._require_use("epsilon_high", "clip_high" in takes, "a loss type that bounds ratios")
+        self._require_use("importance_sampling_level", "log_ratio" in takes or token_loss is vespo, "a loss that takes log_ratio")
         self._require_penalty()
         try:
-            options_of(POLICY_LOSSES[self.loss_type].token_loss, loss_options(self))
+            options_of(token_loss, loss_options(self))
         except TypeError as error:
             self._require("loss_options", False, f"options of {self.loss_type} ({error})")
 
@@ -125,6 +132,16 @@ class GRPOConfig(OnlineConfig):
             return "none"
         return "token_truncate" if self.loss_type == "vespo" else "sequence_mask"
 
+    @property
+    def policy_loss(self) -> PolicyLoss:
+        """What `loss_type` names."""
+        if own.is_own(self.loss_type):
+            return own.policy_loss(self.loss_type, _bounds(self), self.loss_options)[0]
+        return POLICY_LOSSES[self.loss_type]
+
+    def sources(self) -> dict[str, str]:
+        return own.digests(self.loss_type)
+
     def objective(self, model: Any, data: Dataset, folder: Path) -> GRPO:
         assert isinstance(data, Prompts)
         return GRPO(self, model, data)
@@ -132,13 +149,19 @@ class GRPOConfig(OnlineConfig):
 
 def loss_options(config: GRPOConfig) -> dict[str, Any]:
     """Of the token loss, from TRL's names and `loss_options`."""
+    if own.is_own(config.loss_type):
+        return own.policy_loss(config.loss_type, _bounds(config), config.loss_options)[1]
     token_loss = POLICY_LOSSES[config.loss_type].token_loss
     options: dict[str, Any] = {}
     if token_loss is ppo_clip:
-        options = {"clip_low": config.epsilon, "clip_high": config.epsilon_high or config.epsilon, "delta": config.delta}
+        options = _bounds(config)
     elif token_loss is cispo and config.epsilon_high is not None:
         options = {"clip_high": config.epsilon_high}
     return options | config.loss_options
+
+
+def _bounds(config: GRPOConfig) -> dict[str, Any]:
+    return {"clip_low": config.epsilon, "clip_high": config.epsilon_high or config.epsilon, "delta": config.delta}
 
 
 class GRPO(Buffered):
@@ -158,7 +181,7 @@ class GRPO(Buffered):
         needs_logps = config.steps_per_draw > 1 or self.needs_logps(config)
         self.rollout = Rollout(config, model, data, needs_logps=needs_logps, needs_sampling_logps=self.corrected)
         self.head = self.rollout.head
-        self.spec = POLICY_LOSSES[config.loss_type]
+        self.spec = config.policy_loss
         self.level = config.importance_sampling_level
         self.kl_coef, self.kl = config.beta, config.kl_estimator
         self.entropy_coef, self.options = config.entropy_coef, loss_options(config)
@@ -250,9 +273,9 @@ class GRPO(Buffered):
                 keep = high[rows] if keep is None else keep & high[rows]
             if drawn is not None:
                 weights = self._importance_weights(before, drawn[rows], cu_seqlens, counted, sums)
-            fused = fused_triton.available(out.logps)
+            fused = config.loss_type in POLICY_LOSSES and fused_triton.available(out.logps)
             result: PolicyOutput = (fused_triton.policy_loss if fused else policy_loss)(
-                config.loss_type,
+                config.loss_type if fused else self.spec,  # type: ignore[arg-type]
                 out.logps,
                 before,
                 advantages[rows],

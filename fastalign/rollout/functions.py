@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,10 @@ def fingerprint(name: str, function: Callable[..., Any]) -> str:
 
 
 def load_callable(name: str, option: str) -> Callable[..., Any]:
-    """What `package.module:function` or `path/to/file.py:function` names. Raises ConfigError, naming `option`, when it is not there."""
+    """What `package.module:function` or `path/to/file.py:function` names; modules are looked for in the current folder, too, last.
+
+    Raises ConfigError, naming `option`, when it is not there.
+    """
     where, _, attribute = name.rpartition(":")
     if not where or not attribute:
         raise ConfigError(f"{option} must be MODULE:FUNCTION or FILE.py:FUNCTION, got {name!r}")
@@ -36,6 +40,8 @@ def load_callable(name: str, option: str) -> Callable[..., Any]:
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
             spec.loader.exec_module(module)
         else:
+            if (here := os.getcwd()) not in sys.path:  # an installed command does not look there by itself
+                sys.path.append(here)
             module = importlib.import_module(where)
     except (ImportError, OSError, SyntaxError) as error:
         raise ConfigError(f"{option}: {where} cannot be loaded: {error}") from error

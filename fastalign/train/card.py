@@ -263,6 +263,7 @@ def _front_matter(config: Any, base: str, data: str, adapter: bool) -> dict[str,
 def _options_line(config: Any) -> str:
     names = ("loss_type", "beta", "learning_rate", "batch_size", "seed", "lora.r")
     values: Mapping[str, Any] = flat(config)
+    values = {name: _public(value) if isinstance(value, str) else value for name, value in values.items()}
     return ", ".join(f"{name} {shown(values[name])}" for name in names if values.get(name) not in (None, 0, ""))
 
 

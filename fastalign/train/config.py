@@ -76,10 +76,12 @@ def write_text(path: Path, text: str) -> None:
 def resume_config(argv: Sequence[str], config_class: type[Config], run: Path) -> Config:
     """The config of the run in `run`, with what `argv` may still change (RESUME_MAY_CHANGE).
 
-    Raises ConfigError when `argv` contradicts the run: a resumed run is the same run.
+    Raises ConfigError when `argv` contradicts the run: a resumed run is the same run; and when the run's folder names code that
+    `argv` does not: a folder, which may be a stranger's, gets none to run.
     """
     saved = run / "config.yaml"
     config = parse(argv, config_class, base=saved)
+    _check_named(argv, config, run)
     before, after = flat(load(saved, config_class)), flat(config)
     for name, value in after.items():
         if name not in RESUME_MAY_CHANGE and value != before[name]:
@@ -88,6 +90,23 @@ def resume_config(argv: Sequence[str], config_class: type[Config], run: Path) ->
                 f"leave it out to resume, or start a new run with another --output"
             )
     return config
+
+
+def _check_named(argv: Sequence[str], config: Any, run: Path) -> None:
+    names_code: tuple[str, ...] = getattr(config, "names_code", ())
+    if not names_code:
+        return
+    table = options(type(config))
+    files, flags = _read_flags(argv, table)
+    named = {*flags, *(name for file in files for name in _read_yaml(file, table))}
+    for name in names_code:
+        value = flat(config)[name]
+        if name not in named and any(":" in part for part in ([value] if isinstance(value, str) else value)):
+            given = " ".join([value] if isinstance(value, str) else value)
+            raise ConfigError(
+                f"{run / 'config.yaml'}: {name} names code of yours ({given}), which runs only where you name it yourself; "
+                f"to resume add --{name} {given}"
+            )
 
 
 def given_options(argv: Sequence[str], config_class: type) -> dict[str, Any]:

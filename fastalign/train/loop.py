@@ -87,7 +87,7 @@ class _Run:
         self.order = Order.of(config, len(self.data.samples))
         self.identity = Identity(
             algorithm=config.name,
-            options={name: value for name, value in flat(config).items() if name not in RESUME_MAY_CHANGE},
+            options={name: value for name, value in flat(config).items() if name not in RESUME_MAY_CHANGE} | config.sources(),
             data=self.data.fingerprint,
             model=model_fingerprint(self.model, skip_adapter=POLICY if has_adapter(self.model) else None),
         )

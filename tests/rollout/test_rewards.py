@@ -1,6 +1,7 @@
 """Reward functions: what they are given, what they may give back, and who is named when they fail."""
 
 import math
+import sys
 import time
 
 import pytest
@@ -133,3 +134,14 @@ def test_rewards_are_loaded_by_name(tmp_path):
     for bad in (lambda: soft_overlong(3, 4), lambda: repetition(0)):
         with pytest.raises(ConfigError):
             bad()
+
+
+def test_a_module_is_found_in_the_current_folder_but_not_before_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "only_here.py").write_text("def good(completions, **columns):\n    return [2.0] * len(completions)\n")
+    (tmp_path / "fractions.py").write_text("raise RuntimeError('not the one that was meant')\n")
+    found = load_rewards(["only_here:good"])
+    assert found[0].function(completions=["a", "b"]) == [2.0, 2.0]
+    assert sys.path[-1] == str(tmp_path)
+    assert load_rewards(["fractions:Fraction"])[0].name == "Fraction"
