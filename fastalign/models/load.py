@@ -17,6 +17,7 @@ from fastalign import attention
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import add_adapter, check_adapter_folder
 from fastalign.models.architecture import check_config, check_model
+from fastalign.models.checkpointing import enable_checkpointing
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.quantization import keep_trainable, quantization_config
 from fastalign.models.trunk import causal_lm
@@ -72,6 +73,7 @@ def resolve_adapter(options: ModelConfig, lora: LoraConfig | None) -> tuple[Mode
 
 def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task: str = "CAUSAL_LM") -> Any:
     """Install packed attention in a model of Transformers, and put it on its device, with its adapter (`task`: PEFT's word)."""
+    options.validate()
     attention.register()
     causal = causal_lm(loaded)
     check_model(causal, options.path)
@@ -82,8 +84,7 @@ def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task:
     if lora is not None and lora.enabled:
         loaded = add_adapter(loaded, lora, task)
     if options.gradient_checkpointing:
-        checkpoint = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable  # the older name
-        checkpoint({"use_reentrant": False})
+        enable_checkpointing(causal, options)
     return loaded
 
 
