@@ -28,6 +28,8 @@ class ModelConfig:
     """With gradient_checkpointing: what of a layer is kept all the same; the results of attention, or of attention and of linear layers."""
     checkpoint_offload: bool = False
     """With gradient_checkpointing: the inputs of the layers wait in host memory."""
+    mlp_chunk: int = 0
+    """Tokens that go through the MLP of a layer at a time, the wide activations of the others being computed again; 0: all."""
     dropout: bool = False
     """Keep the model's own dropout (not that of LoRA); off, as for every preference loss, unless asked for."""
     trust_remote_code: bool = False
@@ -37,6 +39,12 @@ class ModelConfig:
         """Raise ConfigError for an option that is out of range, or that would change nothing."""
         if self.checkpoint_every < 1:
             raise ConfigError(f"model.checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if self.mlp_chunk < 0:
+            raise ConfigError(f"model.mlp_chunk must be a number of tokens, or 0 for all at once, got {self.mlp_chunk}")
+        if self.mlp_chunk and self.checkpoint_keep == "products":
+            raise ConfigError(
+                "model.mlp_chunk drops what model.checkpoint_keep products keeps; set checkpoint_keep to attention, or one of them"
+            )
         for option, default in (("checkpoint_every", 1), ("checkpoint_keep", "nothing"), ("checkpoint_offload", False)):
             if getattr(self, option) != default and not self.gradient_checkpointing:
                 raise ConfigError(f"model.{option} counts only with gradient checkpointing; set --model.gradient_checkpointing true, too")

@@ -20,6 +20,7 @@ from fastalign.models.architecture import check_config, check_model
 from fastalign.models.checkpointing import enable_checkpointing
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.quantization import keep_trainable, quantization_config
+from fastalign.models.sliced_mlp import slice_mlps
 from fastalign.models.trunk import causal_lm
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -83,6 +84,8 @@ def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task:
     loaded.to(_device(options.device, loaded))
     if lora is not None and lora.enabled:
         loaded = add_adapter(loaded, lora, task)
+    if options.mlp_chunk:
+        slice_mlps(causal, options.mlp_chunk)
     if options.gradient_checkpointing:
         enable_checkpointing(causal, options)
     return loaded
