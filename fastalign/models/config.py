@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastalign.errors import ConfigError
+
 
 @dataclass
 class ModelConfig:
@@ -20,10 +22,32 @@ class ModelConfig:
     """nf4: the linear layers are held in 4 bits, and an adapter is trained on them (QLoRA)."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward instead of keeping its activations."""
+    checkpoint_every: int = 1
+    """With gradient_checkpointing: only every so many layers, the others keep their activations."""
+    checkpoint_keep: Literal["nothing", "attention", "products"] = "nothing"
+    """With gradient_checkpointing: what of a layer is kept all the same; the results of attention, or of attention and of linear layers."""
+    checkpoint_offload: bool = False
+    """With gradient_checkpointing: the inputs of the layers wait in host memory."""
+    mlp_chunk: int = 0
+    """Tokens that go through the MLP of a layer at a time, the wide activations of the others being computed again; 0: all."""
     dropout: bool = False
     """Keep the model's own dropout (not that of LoRA); off, as for every preference loss, unless asked for."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for an option that is out of range, or that would change nothing."""
+        if self.checkpoint_every < 1:
+            raise ConfigError(f"model.checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if self.mlp_chunk < 0:
+            raise ConfigError(f"model.mlp_chunk must be a number of tokens, or 0 for all at once, got {self.mlp_chunk}")
+        if self.mlp_chunk and self.checkpoint_keep == "products":
+            raise ConfigError(
+                "model.mlp_chunk drops what model.checkpoint_keep products keeps; set checkpoint_keep to attention, or one of them"
+            )
+        for option, default in (("checkpoint_every", 1), ("checkpoint_keep", "nothing"), ("checkpoint_offload", False)):
+            if getattr(self, option) != default and not self.gradient_checkpointing:
+                raise ConfigError(f"model.{option} counts only with gradient checkpointing; set --model.gradient_checkpointing true, too")
 
 
 @dataclass

@@ -17,8 +17,10 @@ from fastalign import attention
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import add_adapter, check_adapter_folder
 from fastalign.models.architecture import check_config, check_model
+from fastalign.models.checkpointing import enable_checkpointing
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.quantization import keep_trainable, quantization_config
+from fastalign.models.sliced_mlp import slice_mlps
 from fastalign.models.trunk import causal_lm
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -72,6 +74,7 @@ def resolve_adapter(options: ModelConfig, lora: LoraConfig | None) -> tuple[Mode
 
 def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task: str = "CAUSAL_LM") -> Any:
     """Install packed attention in a model of Transformers, and put it on its device, with its adapter (`task`: PEFT's word)."""
+    options.validate()
     attention.register()
     causal = causal_lm(loaded)
     check_model(causal, options.path)
@@ -81,9 +84,10 @@ def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task:
     loaded.to(_device(options.device, loaded))
     if lora is not None and lora.enabled:
         loaded = add_adapter(loaded, lora, task)
+    if options.mlp_chunk:
+        slice_mlps(causal, options.mlp_chunk)
     if options.gradient_checkpointing:
-        checkpoint = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable  # the older name
-        checkpoint({"use_reentrant": False})
+        enable_checkpointing(causal, options)
     return loaded
 
 

@@ -61,6 +61,15 @@ def decoder(causal: Any) -> Any:
     )
 
 
+def decoder_layers(causal: Any) -> nn.ModuleList:
+    """The layers of the text decoder, in the order in which they run. Raises ModelError where they are no list of its own."""
+    count = int(getattr(text_config(causal), "num_hidden_layers", 0) or 0)
+    lists = [child for child in decoder(causal).children() if isinstance(child, nn.ModuleList) and len(child) == count]
+    if len(lists) != 1:
+        raise ModelError(f"{type(causal).__name__}: its decoder has no list of {count} layers that could be treated one by one")
+    return lists[0]
+
+
 def text_config(causal: Any) -> Any:
     """The config of the text decoder, also for a model that can see or hear."""
     return causal.config.get_text_config(decoder=True)

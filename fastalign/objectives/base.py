@@ -154,6 +154,7 @@ class RunConfig:
             raise ConfigError("output: no folder given for the run; set --output RUN")
         if not self.model.path:
             raise ConfigError("model.path: no model given; set --model.path DIR (a Transformers model folder or hub name)")
+        self.model.validate()
         self.data.validate()
         adapter = self.lora.enabled or (Path(self.model.path) / "adapter_config.json").is_file()
         if self.model.quantization and not adapter:

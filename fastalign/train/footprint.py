@@ -166,19 +166,20 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        pinned = bool(kwargs and kwargs.get("pin_memory"))  # an activation that waits in host memory (model.checkpoint_offload)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.add(leaf)
+                self.add(leaf, on_host=pinned)
         return result
 
-    def add(self, tensor: Tensor, label: str | None = None) -> None:
-        """Count the storage of `tensor` until it is released, if it is new."""
+    def add(self, tensor: Tensor, label: str | None = None, *, on_host: bool = False) -> None:
+        """Count the storage of `tensor` until it is released, if it is new; as nothing if it is `on_host` while the step is on a device."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.owners:
             weakref.finalize(storage, self._release, key)
             self.owners[key] = ("", 0)
-            self._move(key, label or self.label, storage.nbytes())
+            self._move(key, label or self.label, 0 if on_host else storage.nbytes())
         elif label is not None:
             size = self.owners[key][1]
             self._release(key)
