@@ -123,11 +123,18 @@ class RunConfig:
     """Decay per step of the mean of its square."""
     adam_epsilon: float = 1e-8
     """Added to the root of that mean."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
+    """How AdamW's moments are held: in float32; in 8 bits (bitsandbytes); in the host's memory, where the weights are updated, too."""
+    update_in_backward: bool = False
+    """Update each weight as soon as its gradient is there, and free the gradient; needs max_grad_norm null."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient of a step to this L2 norm; null: never."""
     master_weights: bool = True
     """Keep a float32 copy of trainable 16-bit weights and accumulate their gradient in float32. Without it updates
-    smaller than 2^-9 of a bfloat16 weight are lost. No effect on float32 weights."""
+    smaller than 2^-9 of a bfloat16 weight are lost, or, with `stochastic_rounding`, made with as small a probability. No effect on
+    float32 weights."""
+    stochastic_rounding: bool = False
+    """Round a bfloat16 weight without a float32 copy (master_weights false) up or down at random, so that its mean is exact."""
     max_nonfinite: int = 3
     """Stop after this many steps in a row whose loss or gradient is not finite; each of them is skipped."""
 
@@ -173,6 +180,14 @@ class RunConfig:
             self._require(option, 0 < getattr(self, option) < math.inf, "positive and finite")
         for option in ("max_steps", "max_grad_norm", "logits_budget"):
             self._require(option, getattr(self, option) is None or getattr(self, option) > 0, "positive, or null")
+        self._require_choice("optimizer", ("adamw", "adamw_8bit", "adamw_offload"))
+        if self.update_in_backward and self.max_grad_norm is not None:
+            raise ConfigError(
+                "update_in_backward: the norm of the whole gradient is known only when all weights are updated, so it cannot be clipped; "
+                "set --max_grad_norm null"
+            )
+        keeps_none = not self.master_weights and self.optimizer != "adamw_offload"
+        self._require_use("stochastic_rounding", keeps_none, "master_weights false, and without adamw_offload")
         self._require_choice("lr_schedule", ("linear", "cosine", "constant"))
         self._require_choice("metrics", ("full", "basic"))
 

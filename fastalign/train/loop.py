@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ class _Run:
             self.answers = self.objective.shown(progress.step + 1)
         rate = learning_rate(progress.step, self.order.total_steps, config)
         self.optimizer.zero_grad()
-        bins, sums, denominators = self._run_step(samples)
+        begin_update = partial(self.optimizer.begin_update, rate) if config.update_in_backward else None
+        bins, sums, denominators = self._run_step(samples, before_last=begin_update)
         grad_norm = self.optimizer.grad_norm()
         values = to_floats({**sums, "grad_norm": grad_norm})  # the step's one wait for the device
         norm = values.pop("grad_norm")
@@ -193,7 +195,7 @@ class _Run:
         self.metrics = metrics
 
     def _run_step(
-        self, samples: Sequence[Sample], *, backward: bool = True
+        self, samples: Sequence[Sample], *, backward: bool = True, before_last: Callable[[Tensor], None] | None = None
     ) -> tuple[list[list[Sample]], dict[str, Tensor], dict[str, float]]:
         """`run_step` on micro-batches that fit: where the device runs out of memory, all of it is repeated with smaller ones.
 
@@ -205,8 +207,13 @@ class _Run:
             bins = micro_batches(samples, limit, share=share)
             before = checkpoint.rng_state()
             try:
-                return bins, *run_step(self.objective, bins, device=self.device, backward=backward, share=share)
+                return bins, *run_step(self.objective, bins, device=self.device, backward=backward, share=share, before_last=before_last)
             except torch.OutOfMemoryError:
+                if self.optimizer.begun:
+                    raise DeviceMemoryError(
+                        f"step {progress.step + 1}: out of memory on {self.device} after update_in_backward had changed weights, so that "
+                        f"the step cannot be repeated; start again with a smaller --max_tokens than {limit}, or without it"
+                    ) from None
                 longest = max((packed_tokens(sample, share=share), sample.index) for sample in samples)
                 if len(bins) == len(samples) or limit <= longest[0]:
                     raise DeviceMemoryError(

@@ -1,10 +1,13 @@
-"""AdamW on float32 or 16-bit weights, learning-rate schedules as functions of the step, and gradient clipping."""
+"""AdamW on float32 or 16-bit weights, on the device or the host, learning-rate schedules as functions of the step, and clipping."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from fastalign.errors import CheckpointError, ConfigError
 from fastalign.models.embedding import accumulate_in_place
 from fastalign.objectives.base import RunConfig
+from fastalign.train.blockwise import BlockwiseAdamW, scales_of
 
 # Transformers decays everything but these (Trainer.get_decay_parameter_names).
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -42,6 +46,13 @@ class Optimizer:
     `weight.main_grad`, which the head and the embedding add their gradients to; where these are float32 they keep their `.grad`
     allocated for the same purpose.
     The rate of a weight that has a `rate_factor` (PPO's critic) is that many times the schedule's.
+
+    `config.optimizer` says where and how the moments are held. adamw: beside the weights. adamw_8bit: there, in 8 bits
+    (`BlockwiseAdamW`). adamw_offload: in the host's memory, with a copy of every weight, float32 under `master_weights`; the update
+    happens there, and has the bits that adamw would have on the host.
+    With `config.update_in_backward` a weight is updated as soon as its gradient is there in the last micro-batch, which `begin_update`
+    announces, and its gradient is freed; `step` then updates what is left. After a gradient that is not finite no further weight is
+    updated; those that the backward had reached before, nearer to the loss, are.
     """
 
     def __init__(
@@ -52,93 +63,203 @@ class Optimizer:
             raise ConfigError("the model has no trainable weight; set lora.r above 0, or load the model without frozen weights")
         if half := [name for name, p in self.named.items() if p.dtype == torch.float16]:
             raise ConfigError(f"model.dtype float16 cannot be trained without loss scaling ({half[0]}); use bfloat16 or float32")
-        self.masters: dict[str, nn.Parameter] = {}
-        if config.master_weights:
-            self.masters = {n: nn.Parameter(p.detach().float()) for n, p in self.named.items() if p.dtype != torch.float32}
-        for name, master in self.masters.items():
-            _accumulate_in_float32(self.named[name], master)
-        self.updated: dict[str, nn.Parameter] = {name: self.masters.get(name, p) for name, p in self.named.items()}
+        if config.stochastic_rounding and all(p.dtype != torch.bfloat16 for p in self.named.values()):
+            raise ConfigError("stochastic_rounding: no trained weight is bfloat16; set --model.dtype bfloat16, or leave it false")
+        self.in_backward, self.max_grad_norm = config.update_in_backward, config.max_grad_norm
+        self.on_host = config.optimizer == "adamw_offload"
         in_place = [head_weight]
         if embedding is not None and accumulate_in_place(embedding):
             in_place.append(embedding.get_parameter("weight"))
-        self.kept_grads = [p for n, p in self.named.items() if any(p is weight for weight in in_place) and n not in self.masters]
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by decay and factor of the rate
-        for name, p in self.updated.items():
-            decay = 0.0 if _NO_DECAY.search(name.lower()) else config.weight_decay
-            groups.setdefault((decay, getattr(self.named[name], "rate_factor", 1.0)), []).append(p)
-        self.adamw = torch.optim.AdamW(
-            [{"params": params, "weight_decay": decay, "factor": factor} for (decay, factor), params in groups.items()],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=True,
-        )
-        self.max_grad_norm = config.max_grad_norm
+        kept = {name for name, p in self.named.items() if any(p is weight for weight in in_place)}
+        wide = {name for name, p in self.named.items() if config.master_weights and p.dtype != torch.float32}
+        self.masters = {
+            name: _copy(p, torch.float32 if name in wide else p.dtype, host=self.on_host)
+            for name, p in self.named.items()
+            if self.on_host or name in wide
+        }
+        self.saved_masters = wide  # the others are their weights
+        self.updated: dict[str, nn.Parameter] = {name: self.masters.get(name, p) for name, p in self.named.items()}
+        # What holds the gradient in `.grad` once a micro-batch is over: the weight, its float32 copy, or a place of its own.
+        self.holders: dict[str, Any] = dict(self.named)
+        for name in wide:
+            self.holders[name] = _Holder() if self.on_host else self.masters[name]
+            if name in kept or not self.in_backward:
+                self.holders[name].grad = self.named[name].main_grad = torch.zeros_like(self.named[name], dtype=torch.float32)  # type: ignore[attr-defined]
+        for name, p in self.named.items():
+            if name in wide or self.in_backward:
+                p.register_post_accumulate_grad_hook(partial(_accumulated, weakref.ref(self), name))
+        self.kept_grads = [self.named[name] for name in self.named if name in kept and name not in wide]
+        self.engines = self._engines(config)
+        self.engine_of = {id(p): engine for engine in self.engines for group in engine.param_groups for p in group["params"]}
+        self.rate: float | None = None  # of the update that goes on in the backward
+        self.skip: Tensor | None = None  # 1 once something in it was not finite
+        self.norms: dict[str, Tensor] = {}  # of the gradients that it has used up
+
+    @property
+    def begun(self) -> bool:
+        """Whether weights of the step in progress are updated already, so that it cannot be repeated."""
+        return bool(self.norms)
 
     def zero_grad(self) -> None:
-        """Free the gradients, but keep and clear the buffers that head and embedding add to in place."""
+        """Free the gradients, but keep and clear the buffers that are added to in place."""
+        self.rate, self.skip, self.norms = None, None, {}
         kept = {id(p) for p in self.kept_grads}
-        for p in self.named.values():
+        for name, p in self.named.items():
             if id(p) not in kept:
                 p.grad = None
             elif p.grad is None:
                 p.grad = torch.zeros_like(p)
             else:
                 p.grad.zero_()
-        buffers = [m.grad for m in self.masters.values() if m.grad is not None]
+            if self.holders[name] is not p and not hasattr(p, "main_grad"):
+                self.holders[name].grad = None
+        buffers = [p.main_grad for p in self.named.values() if hasattr(p, "main_grad")]
         if buffers:
             torch._foreach_zero_(buffers)
 
+    def begin_update(self, rate: float, loss: Tensor) -> None:
+        """Called before the backward of the last micro-batch, with the loss of the whole step: from here on weights are updated."""
+        self.rate, self.skip = rate, (~loss.detach().isfinite()).float()
+
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole gradient, a float32 scalar on the device."""
-        return nn.utils.get_total_norm([p.grad for p in self.updated.values() if p.grad is not None]).float()
+        if not self.norms:
+            return nn.utils.get_total_norm([h.grad for h in self.holders.values() if h.grad is not None]).float()
+        left = {n: torch.linalg.vector_norm(h.grad) for n, h in self._left().items()}
+        norms = {**self.norms, **left}
+        first = next(iter(norms.values()))
+        return torch.linalg.vector_norm(torch.stack([norms[n].to(first.device) for n in self.named if n in norms])).float()
 
     def nonfinite_gradients(self) -> list[str]:
         """Names of the weights whose gradient holds NaN or infinity."""
-        return [n for n, p in self.updated.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        found = {n for n, norm in self.norms.items() if not bool(norm.isfinite())}
+        return [n for n in self.named if n in found or (n in self._left() and not bool(self.holders[n].grad.isfinite().all()))]
 
     def step(self, rate: float, grad_norm: Tensor) -> None:
-        """Clip by the given norm and update the weights at learning rate `rate`."""
+        """Clip by the given norm and update the weights at learning rate `rate`: those that the backward has not updated yet."""
+        left = self._left()
         if self.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(list(self.updated.values()), self.max_grad_norm, grad_norm)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate * group["factor"]
-        self.adamw.step()
-        if self.masters:
-            with torch.no_grad():
-                torch._foreach_copy_([self.named[n] for n in self.masters], list(self.masters.values()))
+            nn.utils.clip_grads_with_norm_(list(left.values()), self.max_grad_norm, grad_norm)
+        self._update(list(left), rate)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on besides the weights: `<weight>/<statistic>` -> tensor."""
-        found = {f"{n}/{key}": value for n, p in self.updated.items() for key, value in self.adamw.state.get(p, {}).items()}
-        return found | {f"{n}/master": m.detach() for n, m in self.masters.items()}
+        states = {n: self.engine_of[id(p)].state.get(p, {}) for n, p in self.updated.items()}
+        found = {f"{n}/{key}": value for n, state in states.items() for key, value in state.items()}
+        return found | {f"{n}/master": m.detach() for n, m in self.masters.items() if n in self.saved_masters}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state()` gave; CheckpointError when it belongs to other weights."""
+        """Take over what `state()` gave, after the weights; CheckpointError when it belongs to other weights."""
         statistics: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, statistic = key.rpartition("/")
-            if name not in self.updated or (value.ndim and value.shape != self.updated[name].shape):
+            own = self.updated.get(name)
+            good = own is not None and (not value.ndim or value.shape == own.shape or value.numel() == scales_of(own, statistic))
+            if not good:
                 raise CheckpointError(f"optimizer state {key} fits no weight of this model; resume with the model that the run began with")
             statistics.setdefault(name, {})[statistic] = value
-        if missing := [name for name in self.masters if "master" not in statistics.get(name, {})]:
-            raise CheckpointError(f"optimizer state has no float32 copy of {missing[0]}; resume with the master_weights of the run")
+        if missing := [name for name in self.saved_masters if "master" not in statistics.get(name, {})]:
+            raise CheckpointError(f"optimizer state has no float32 copy of {min(missing)}; resume with the master_weights of the run")
         for name, p in self.updated.items():
-            own = statistics.get(name, {})
+            found = statistics.get(name, {})
             if name in self.masters:
-                p.data.copy_(own.pop("master"))
-            self.adamw.state[p] = {
-                key: value.clone() if key == "step" and p.device.type == "cpu" else value.to(p.device) for key, value in own.items()
+                p.data.copy_(found.pop("master") if name in self.saved_masters else self.named[name].detach())
+            engine = self.engine_of[id(p)]
+            counts_on_host = p.device.type == "cpu" or isinstance(engine, BlockwiseAdamW)
+            engine.state[p] = {
+                key: value.clone() if key == "step" and counts_on_host else value.to(p.device) for key, value in found.items()
             }
 
+    def _engines(self, config: RunConfig) -> list[torch.optim.Optimizer]:
+        """One for all weights, or, to update each on its own, one for each."""
+        options: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
+        }
+        groups: dict[tuple[object, ...], dict[str, Any]] = {}  # by decay and factor of the rate
+        for name, p in self.updated.items():
+            decay = 0.0 if _NO_DECAY.search(name.lower()) else config.weight_decay
+            factor = getattr(self.named[name], "rate_factor", 1.0)
+            key = (name,) if self.in_backward else (decay, factor)
+            group = groups.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "factor": factor})
+            group["params"].append(p)
+            group["names"].append(name)
+        found: list[torch.optim.Optimizer] = []
+        for parts in [[group] for group in groups.values()] if self.in_backward else [list(groups.values())]:
+            if config.optimizer == "adamw_8bit" or config.stochastic_rounding:
+                bits, seed = 8 if config.optimizer == "adamw_8bit" else 32, config.seed if config.stochastic_rounding else None
+                found.append(BlockwiseAdamW(parts, bits=bits, seed=seed, **options))
+            else:
+                found.append(torch.optim.AdamW(parts, fused=True, **options))
+        return found
 
-def _accumulate_in_float32(weight: nn.Parameter, master: nn.Parameter) -> None:
-    main_grad = master.grad = torch.zeros_like(master)
-    weight.main_grad = main_grad  # type: ignore[attr-defined]
+    def _left(self) -> dict[str, Any]:
+        """The holders of gradients that were not used up in the backward."""
+        return {n: h for n, h in self.holders.items() if h.grad is not None and n not in self.norms}
 
-    def move(p: Tensor) -> None:
-        if p.grad is not None:  # None where all of it went into the buffer already
-            main_grad.add_(p.grad)
-            p.grad = None
+    def _accumulated(self, name: str, weight: Tensor) -> None:
+        """After a micro-batch's gradient of a weight: it goes to where it is accumulated, and in the last one into the update."""
+        holder = self.holders[name]
+        if holder is not weight and weight.grad is not None:  # None where all of it went into the buffer already
+            if holder.grad is None:
+                holder.grad = weight.grad.float()
+            else:
+                holder.grad.add_(weight.grad)
+            weight.grad = None
+        if self.rate is None or self.skip is None or holder.grad is None:
+            return
+        norm = self.norms[name] = torch.linalg.vector_norm(holder.grad)
+        self.skip = torch.maximum(self.skip, (~norm.isfinite()).float())
+        self._update([name], self.rate, self.skip)
+        kept = holder.grad is getattr(weight, "main_grad", None) or any(weight is p for p in self.kept_grads)
+        if not kept:
+            holder.grad = None
 
-    weight.register_post_accumulate_grad_hook(move)
+    def _update(self, names: Sequence[str], rate: float, skip: Tensor | None = None) -> None:
+        """Update the weights of these names, whose engines have no other with a gradient; where `skip` is 1, nothing happens."""
+        if not names:
+            return
+        for name in names:
+            if self.on_host:
+                self.masters[name].grad = _to_host(self.holders[name].grad)
+            elif name in self.masters:
+                self.masters[name].grad = self.holders[name].grad
+        if self.on_host and self.named[names[0]].device.type == "cuda":
+            torch.cuda.current_stream(self.named[names[0]].device).synchronize()  # the gradients have arrived
+        for engine in {id(e): e for e in (self.engine_of[id(self.updated[n])] for n in names)}.values():
+            for group in engine.param_groups:
+                group["lr"] = rate * group["factor"]
+            if skip is not None:
+                device = self.updated[names[0]].device
+                engine.grad_scale, engine.found_inf = None, skip.to(device)  # type: ignore[attr-defined]
+            engine.step()
+        copied = [name for name in names if name in self.masters]
+        if copied:
+            with torch.no_grad():
+                torch._foreach_copy_([self.named[n] for n in copied], [self.masters[n] for n in copied], non_blocking=True)
+        if self.on_host:
+            for name in names:
+                self.masters[name].grad = None
+
+
+def _accumulated(optimizer: weakref.ref[Optimizer], name: str, weight: Tensor) -> None:
+    if (alive := optimizer()) is not None:  # a weight that held its optimizer would never be freed
+        alive._accumulated(name, weight)
+
+
+class _Holder:
+    """Of a gradient whose weight and copy cannot hold it."""
+
+    grad: Tensor | None = None
+
+
+def _copy(weight: Tensor, dtype: torch.dtype, *, host: bool) -> nn.Parameter:
+    copy = weight.detach().to("cpu" if host else weight.device, dtype, copy=True)
+    return nn.Parameter(copy.pin_memory() if host and weight.device.type == "cuda" else copy)
+
+
+def _to_host(grad: Tensor) -> Tensor:
+    if grad.device.type == "cpu":
+        return grad
+    return torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True).copy_(grad, non_blocking=True)

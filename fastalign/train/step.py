@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -94,12 +94,19 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, *, share: bool = F
 
 
 def run_step(
-    objective: Objective, bins: Sequence[Sequence[Sample]], *, device: torch.device, backward: bool = True, share: bool = False
+    objective: Objective,
+    bins: Sequence[Sequence[Sample]],
+    *,
+    device: torch.device,
+    backward: bool = True,
+    share: bool = False,
+    before_last: Callable[[Tensor], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Add the gradient of the loss of all samples to the weights, one bin at a time.
 
-    Returns the metric sums, still on the device, and the denominators. None of it depends on how the samples are cut into bins, or on
-    whether those of a bin share their prompts.
+    `before_last` is called with the loss of the whole step before the backward of the last bin. Returns the metric sums, still on the
+    device, and the denominators. None of it depends on how the samples are cut into bins, or on whether those of a bin share their
+    prompts.
     """
     samples = [sample for members in bins for sample in members]
     denominators = objective.denominators(samples)
@@ -108,13 +115,15 @@ def run_step(
             objective.prepare(samples)
     totals: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
-        for members in bins:
+        for at, members in enumerate(bins):
             batch = collate(members, share=share).to(device)
             loss, sums = objective.loss(batch, denominators)
-            if backward:
-                loss.backward()
             for name, value in sums.items():
                 totals[name] = _join(name, totals[name], value) if name in totals else value
+            if backward:
+                if before_last is not None and at == len(bins) - 1:
+                    before_last(totals["loss"])
+                loss.backward()
     return totals, denominators
 
 

@@ -41,7 +41,9 @@ def test_decay_groups_are_those_of_transformers() -> None:
     model = tiny_model("qwen3", attention_bias=True)
     optimizer = Optimizer(model, RunConfig(weight_decay=0.1))
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed = {names[id(p)] for group in optimizer.adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {
+        names[id(p)] for engine in optimizer.engines for group in engine.param_groups if group["weight_decay"] for p in group["params"]
+    }
     assert decayed == set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     assert decayed != set(names.values())  # this model has biases and norms
 
