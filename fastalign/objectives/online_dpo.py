@@ -114,7 +114,8 @@ class OnlineDPO(Buffered):
 
     Metrics are TRL's: rewards/*, logps/* and objective/* over the pairs, reward and val/contain_eos_token over all answers of the
     generation; frac_ties and frac_unranked are the shares of its prompts whose answers were rewarded alike, and that had fewer
-    than two answers to rank. A step without any pair changes nothing by its gradient, which is 0.
+    than two answers to rank. objective/kl, objective/entropy and what is made of them are of answers' tokens, where TRL 1.16 counts
+    the padding behind them, too. A step without any pair changes nothing by its gradient, which is 0.
     """
 
     config: OnlineDPOConfig

@@ -75,9 +75,9 @@ def run_trl(folder: Path, trainer_class: Any, config_class: Any, model: Any, dat
     """Three optimizer steps of `BATCH` samples, all of them in one micro-batch, on the CPU in float32."""
 
     class RecordingTrainer(trainer_class):  # type: ignore[misc]
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(*args, **kwargs)
-            losses.append((loss[0] if isinstance(loss, tuple) else loss).item())  # before the log rounds it
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss.item())  # before the log rounds it
             return loss
 
     losses: list[float] = []
