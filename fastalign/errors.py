@@ -60,5 +60,21 @@ class RolloutError(FastalignError, RuntimeError):
     """The server that answers prompts is away, refuses, or its reply is not what was asked for; the message names the server."""
 
 
+class StoreError(FastalignError, RuntimeError):
+    """The database of answers and feedback cannot be used; the message names the file."""
+
+
+class StoreBusyError(StoreError):
+    """The database is locked, or its disk full, for now: nothing of the call was written, and it may be tried again."""
+
+
+class StoreConflictError(StoreError):
+    """What was asked for contradicts what the database holds, such as a second version of one name."""
+
+
+class NotFoundError(StoreError, LookupError):
+    """The database holds no such answer, version or token."""
+
+
 class DependencyError(FastalignError, ImportError):
     """An optional package is needed and absent; the message names the install command."""

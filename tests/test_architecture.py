@@ -36,6 +36,8 @@ OWNERS = {  # an extra is imported in the files that own it, and nowhere else
     "tensorboard": {"train"},
     "wandb": {"train"},
     "trackio": {"train"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
 }
 # Modules that need an extra to be imported, and are imported where they are used.
 LAZY = {
