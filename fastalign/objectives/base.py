@@ -15,6 +15,7 @@ from fastalign.errors import ConfigError
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.load import load_model
 from fastalign.models.selfcheck import self_check
+from fastalign.ranks import ParallelConfig
 from fastalign.types import PackedBatch, Sample
 
 
@@ -87,6 +88,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     output: str = ""
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, final/, report.html."""
@@ -154,6 +156,7 @@ class RunConfig:
         if not self.model.path:
             raise ConfigError("model.path: no model given; set --model.path DIR (a Transformers model folder or hub name)")
         self.data.validate()
+        self.parallel.validate()
         adapter = self.lora.enabled or (Path(self.model.path) / "adapter_config.json").is_file()
         if self.model.quantization and not adapter:
             raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")

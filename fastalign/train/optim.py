@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,54 @@ def learning_rate(step: int, total_steps: int, config: RunConfig) -> float:
     return config.learning_rate * factor[config.lr_schedule]
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of `model` that require a gradient, by name. Raises ConfigError where there is none, or one in float16."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ConfigError("the model has no trainable weight; set lora.r above 0, or load the model without frozen weights")
+    if half := [name for name, p in named.items() if p.dtype == torch.float16]:
+        raise ConfigError(f"model.dtype float16 cannot be trained without loss scaling ({half[0]}); use bfloat16 or float32")
+    return named
+
+
+class Division:
+    """Which rows of the trainable weights this process updates. Here all of them: the process is alone."""
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The part of `tensor`, of the shape of a weight, that this process updates."""
+        return tensor
+
+    def parameter(self, weight: nn.Parameter) -> nn.Parameter:
+        """What is updated of a weight that has no float32 copy; its storage is the weight's."""
+        return weight
+
+    def masters(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Float32 copies that are the weights themselves, which run in 16 bits."""
+        return {}
+
+    def reduce(self, weights: Mapping[str, nn.Parameter], updated: Mapping[str, nn.Parameter]) -> None:
+        """Give what is updated the gradient that all processes together have."""
+
+    def norm(self, grads: Iterable[Tensor]) -> Tensor:
+        """L2 norm of the gradient whose parts are `grads` here."""
+        return nn.utils.get_total_norm(grads).float()
+
+    def copy(self, weight: Tensor, value: Tensor) -> None:
+        """Give `weight` the `value`, which is a whole one."""
+        weight.copy_(value)
+
+    def kept(self, weight: nn.Parameter) -> Tensor:
+        """What this process writes of a weight."""
+        return weight
+
+    def spread(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Fetch the rows of the weights that others have updated."""
+
+    def names(self, names: list[str]) -> list[str]:
+        """Those that any process gives."""
+        return names
+
+
 class Optimizer:
     """AdamW over the trainable weights of a model.
 
@@ -42,22 +90,29 @@ class Optimizer:
     `weight.main_grad`, which the head and the embedding add their gradients to; where these are float32 they keep their `.grad`
     allocated for the same purpose.
     The rate of a weight that has a `rate_factor` (PPO's critic) is that many times the schedule's.
+    `division` says which rows of the weights this process updates: copies and moments are of these alone.
     """
 
     def __init__(
-        self, model: nn.Module, config: RunConfig, *, head_weight: Tensor | None = None, embedding: nn.Module | None = None
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        *,
+        head_weight: Tensor | None = None,
+        embedding: nn.Module | None = None,
+        division: Division | None = None,
     ) -> None:
-        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.named:
-            raise ConfigError("the model has no trainable weight; set lora.r above 0, or load the model without frozen weights")
-        if half := [name for name, p in self.named.items() if p.dtype == torch.float16]:
-            raise ConfigError(f"model.dtype float16 cannot be trained without loss scaling ({half[0]}); use bfloat16 or float32")
+        self.named = trainable(model)
+        self.division = division = division or Division()
         self.masters: dict[str, nn.Parameter] = {}
+        self.buffers: dict[str, Tensor] = {}  # of weights that their masters are rounded to
         if config.master_weights:
-            self.masters = {n: nn.Parameter(p.detach().float()) for n, p in self.named.items() if p.dtype != torch.float32}
+            self.masters = {n: nn.Parameter(division.rows(p.detach()).float()) for n, p in self.named.items() if p.dtype != torch.float32}
         for name, master in self.masters.items():
-            _accumulate_in_float32(self.named[name], master)
-        self.updated: dict[str, nn.Parameter] = {name: self.masters.get(name, p) for name, p in self.named.items()}
+            self.buffers[name] = _accumulate_in_float32(self.named[name])
+            master.grad = division.rows(self.buffers[name])
+        self.masters |= division.masters(self.named)
+        self.updated = {n: self.masters[n] if n in self.masters else division.parameter(p) for n, p in self.named.items()}
         in_place = [head_weight]
         if embedding is not None and accumulate_in_place(embedding):
             in_place.append(embedding.get_parameter("weight"))
@@ -85,17 +140,17 @@ class Optimizer:
                 p.grad = torch.zeros_like(p)
             else:
                 p.grad.zero_()
-        buffers = [m.grad for m in self.masters.values() if m.grad is not None]
-        if buffers:
-            torch._foreach_zero_(buffers)
+        if self.buffers:
+            torch._foreach_zero_(list(self.buffers.values()))
 
     def grad_norm(self) -> Tensor:
-        """L2 norm of the whole gradient, a float32 scalar on the device."""
-        return nn.utils.get_total_norm([p.grad for p in self.updated.values() if p.grad is not None]).float()
+        """L2 norm of the whole gradient, a float32 scalar on the device; of several processes, their gradients are added up first."""
+        self.division.reduce(self.named, self.updated)
+        return self.division.norm([p.grad for p in self.updated.values() if p.grad is not None])
 
     def nonfinite_gradients(self) -> list[str]:
         """Names of the weights whose gradient holds NaN or infinity."""
-        return [n for n, p in self.updated.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        return self.division.names([n for n, p in self.updated.items() if p.grad is not None and not bool(p.grad.isfinite().all())])
 
     def step(self, rate: float, grad_norm: Tensor) -> None:
         """Clip by the given norm and update the weights at learning rate `rate`."""
@@ -104,9 +159,10 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["factor"]
         self.adamw.step()
-        if self.masters:
+        if self.buffers:
             with torch.no_grad():
-                torch._foreach_copy_([self.named[n] for n in self.masters], list(self.masters.values()))
+                torch._foreach_copy_([self.division.rows(self.named[n]) for n in self.buffers], [self.masters[n] for n in self.buffers])
+        self.division.spread(self.named)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on besides the weights: `<weight>/<statistic>` -> tensor."""
@@ -132,8 +188,8 @@ class Optimizer:
             }
 
 
-def _accumulate_in_float32(weight: nn.Parameter, master: nn.Parameter) -> None:
-    main_grad = master.grad = torch.zeros_like(master)
+def _accumulate_in_float32(weight: nn.Parameter) -> Tensor:
+    main_grad = torch.zeros_like(weight, dtype=torch.float32)
     weight.main_grad = main_grad  # type: ignore[attr-defined]
 
     def move(p: Tensor) -> None:
@@ -142,3 +198,4 @@ def _accumulate_in_float32(weight: nn.Parameter, master: nn.Parameter) -> None:
             p.grad = None
 
     weight.register_post_accumulate_grad_hook(move)
+    return main_grad
