@@ -78,3 +78,7 @@ class NotFoundError(StoreError, LookupError):
 
 class DependencyError(FastalignError, ImportError):
     """An optional package is needed and absent; the message names the install command."""
+
+
+class RankError(FastalignError, RuntimeError):
+    """Another process of the run stopped; the message says which one and why."""

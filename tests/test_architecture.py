@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ("errors", "types"),
-    ("segments", "packing"),
+    ("segments", "packing", "ranks"),
     ("head", "losses", "advantages", "attention"),
     ("models", "data"),
     ("rollout",),

@@ -15,6 +15,7 @@ from fastalign.errors import ConfigError
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.load import load_model
 from fastalign.models.selfcheck import self_check
+from fastalign.ranks import ParallelConfig
 from fastalign.types import PackedBatch, Sample
 
 
@@ -88,6 +89,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     output: str = ""
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, final/, report.html."""
@@ -163,6 +165,7 @@ class RunConfig:
             raise ConfigError("model.path: no model given; set --model.path DIR (a Transformers model folder or hub name)")
         self.model.validate()
         self.data.validate()
+        self.parallel.validate()
         adapter = self.lora.enabled or (Path(self.model.path) / "adapter_config.json").is_file()
         if self.model.quantization and not adapter:
             raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")
@@ -220,6 +223,17 @@ class RunConfig:
     def sources(self) -> dict[str, str]:
         """Of the user's own code that makes the loss: a name and the digest of its source, the same in a resumed run."""
         return {}
+
+    def check_ranks(self, processes: int) -> None:
+        """Raise ConfigError for options that do not go with this number of processes."""
+        self.parallel.check(processes)
+        alone = {"optimizer": "adamw", "update_in_backward": False, "stochastic_rounding": False}
+        for option, value in alone.items() if processes > 1 else ():
+            if getattr(self, option) != value:
+                raise ConfigError(
+                    f"{option} {getattr(self, option)} is of one process, and there are {processes}, which divide the optimizer's state "
+                    f"already; set --{option} {str(value).lower()}"
+                )
 
     def _require(self, option: str, good: bool, wanted: str) -> None:
         if not good:

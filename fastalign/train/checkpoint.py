@@ -7,6 +7,9 @@
         objective.safetensors    what else the algorithm changes as it trains (DPO: a reference that follows), if anything
         state.json               counters, options, fingerprints of the data and of the initial model; sizes and CRC-32 of the files
 
+Of a run of several processes each writes its rows of every weight and of the optimizer's state, and its generators:
+`weights-2-of-4.safetensors`. Any number of processes continues from either form, bit for bit in weights and optimizer.
+
 A folder is written under a temporary name, synced, and renamed, so that a kill or a full disk at any moment leaves the last good one.
 """
 
@@ -16,20 +19,23 @@ import json
 import random
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastalign.errors import CheckpointError
+from fastalign.errors import CheckpointError, OutputError
+from fastalign.ranks import Ranks
 from fastalign.train.folder import TEMPORARY, publish, writing
 
+ALONE = Ranks()
 _FORMAT = 1
 _STATE = "state.json"
 
@@ -64,26 +70,52 @@ def save(
     objective: Mapping[str, Tensor] | None = None,
     *,
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `folder/step-NNNNNN`, then delete all but the newest `keep` checkpoints. Raises OutputError, leaving the older ones whole."""
+    """Write `folder/step-NNNNNN`, then delete all but the newest `keep` checkpoints. Raises OutputError, leaving the older ones whole.
+
+    Of several `ranks` each gives its rows of the weights and of the optimizer's state; the first one writes the rest, and makes the
+    checkpoint appear when all files are there. They must share a file system.
+    """
     target = folder / f"step-{progress.step:06d}"
     temporary = folder / f"{TEMPORARY}{target.name}"
-    with writing(target):
-        folder.mkdir(exist_ok=True)
-        temporary.mkdir()
-        try:
-            parts = {"weights": weights, "optimizer": optimizer, "rng": rng_state(), **({"objective": objective} if objective else {})}
+    with ranks.together(), writing(target):
+        if ranks.is_first:
+            folder.mkdir(exist_ok=True)
+            temporary.mkdir()
+    try:
+        own: dict[str, Any] = {}
+        with ranks.together(), writing(target):
+            parts = {"weights": weights, "optimizer": optimizer, "rng": rng_state()}
+            parts = {f"{name}{_suffix(ranks.index, ranks.size)}": tensors for name, tensors in parts.items()}
+            if objective and ranks.is_first:
+                parts["objective"] = objective
             for name, tensors in parts.items():
-                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
-            files = {f.name: [f.stat().st_size, _crc(f)] for f in sorted(temporary.iterdir())}
-            state = {"format": _FORMAT, "progress": asdict(progress), "identity": asdict(identity), "files": files}
-            (temporary / _STATE).write_text(json.dumps(state, indent=1))
-            publish(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        for old in list_checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
+                file = temporary / f"{name}.safetensors"
+                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, file)
+                own[file.name] = [file.stat().st_size, _crc(file)]
+        files = {name: mark for written in ranks.gather(own) for name, mark in written.items()}
+        with ranks.together(), writing(target):
+            if ranks.is_first:
+                if absent := [name for name in files if not (temporary / name).is_file()]:
+                    raise OutputError(
+                        f"{target}: {absent[0]}, which another rank wrote, is not there; give all hosts the same file system at {folder}"
+                    )
+                state = {
+                    "format": _FORMAT,
+                    "progress": asdict(progress),
+                    "identity": asdict(identity),
+                    "files": dict(sorted(files.items())),
+                }
+                (temporary / _STATE).write_text(json.dumps(state, indent=1))
+                publish(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    with ranks.together(), writing(target):
+        if ranks.is_first:
+            for old in list_checkpoints(folder)[keep:]:
+                shutil.rmtree(old)
     return target
 
 
@@ -170,16 +202,50 @@ def check_identity(path: Path, state: dict[str, Any], identity: Identity) -> Non
             raise CheckpointError(f"{path}: of another {what} (fingerprint {other[what]}, here {own[what]}); resume with {remedy}")
 
 
-def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint, on the CPU."""
+def load_tensors(path: Path, name: str, part: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of one name of a checkpoint, on the CPU, put together from the files of all ranks; of each its `part`, if given."""
+    file = path / f"{name}.safetensors"
     try:
-        return load_file(path / f"{name}.safetensors")
+        if file.is_file() or not (size := processes_of(path)):
+            found = load_file(file)
+            return {key: _kept(tensor, part) for key, tensor in found.items()}
+        with ExitStack() as stack:
+            files = [f"{path / name}{_suffix(index, size)}.safetensors" for index in range(size)]
+            shards = [stack.enter_context(safe_open(shard, framework="pt")) for shard in files]
+            homes: dict[str, list[Any]] = {}
+            for shard in shards:
+                for key in shard.keys():  # noqa: SIM118 (not a dict)
+                    homes.setdefault(key, []).append(shard)
+            return {key: _kept(_joined([shard.get_tensor(key) for shard in homes[key]]), part) for key in homes}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / name}.safetensors: cannot be read ({error})") from error
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
 
 
-def restore_weights(weights: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], path: Path) -> None:
-    """Copy saved values into the trainable weights; CheckpointError when names or shapes differ."""
+def processes_of(path: Path) -> int:
+    """How many ranks wrote a checkpoint; 0 for a process that was alone."""
+    found = next(path.glob("weights-1-of-*.safetensors"), None)
+    return int(found.stem.rsplit("-", 1)[1]) if found else 0
+
+
+def _suffix(index: int, size: int) -> str:
+    return f"-{index + 1}-of-{size}" if size > 1 else ""
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts[0].ndim else parts[0]
+
+
+def _kept(tensor: Tensor, part: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return tensor if part is None or not tensor.ndim else part(tensor).clone()
+
+
+def restore_weights(
+    weights: Mapping[str, nn.Parameter],
+    saved: Mapping[str, Tensor],
+    path: Path,
+    copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+) -> None:
+    """Copy saved values into the trainable weights by `copy`; CheckpointError when names or shapes differ."""
     if weights.keys() != saved.keys():
         names = sorted(weights.keys() ^ saved.keys())
         raise CheckpointError(f"{path}: of another model: {len(names)} weights exist on one side only, such as {names[0]}")
@@ -189,7 +255,12 @@ def restore_weights(weights: Mapping[str, nn.Parameter], saved: Mapping[str, Ten
                 raise CheckpointError(
                     f"{path}: of another model: {name} is {tuple(value.shape)} there and {tuple(weights[name].shape)} here"
                 )
-            weights[name].copy_(value)
+            copy(weights[name], value)
+
+
+def load_rng(path: Path, index: int) -> dict[str, Tensor]:
+    """What rank `index` of the run had in its generators; of a process that was alone, its own."""
+    return load_tensors(path, f"rng{_suffix(index, processes_of(path))}")
 
 
 def restore_rng(saved: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ Config = TypeVar("Config")
 # A resumed run may change these and nothing else: none of them touches the model, the data or their order.
 RESUME_MAY_CHANGE = frozenset(
     {"output", "resume", "overwrite", "loggers", "log_every", "eval_every", "save_every", "keep_checkpoints", "profile", "model.device"}
+    | {"parallel.shard", "parallel.replicas"}
     | {f"vllm.{name}" for name in ("url", "model", "adapter_folder", "api_key_env", "timeout", "retries", "workers")}
 )
 

@@ -9,9 +9,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
-from fastalign.errors import DeviceMemoryError, ModelError, NumericsError
+from fastalign.errors import DataError, DeviceMemoryError, ModelError, NumericsError
 from fastalign.models.adapters import POLICY, has_adapter
 from fastalign.models.critic import save_critic
 from fastalign.models.fingerprint import model_fingerprint
@@ -28,17 +29,18 @@ from fastalign.models.save import save_final
 from fastalign.models.trunk import causal_lm
 from fastalign.objectives.base import Online, RunConfig, Stateful
 from fastalign.packing import collate, packed_tokens, spared_tokens
-from fastalign.train import checkpoint
+from fastalign.ranks import Ranks, joined
+from fastalign.train import checkpoint, distributed
 from fastalign.train.card import write_card
 from fastalign.train.checkpoint import Found, Identity, Progress
 from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
 from fastalign.train.folder import TEMPORARY, RunFolder, claim, publish, writing
 from fastalign.train.footprint import footprint_of_steps
-from fastalign.train.metrics import MetricsWriter, check_loggers, memory, rss_bytes
-from fastalign.train.optim import Optimizer, learning_rate
+from fastalign.train.metrics import MetricsWriter, NoMetrics, check_loggers, memory, rss_bytes
+from fastalign.train.optim import Optimizer, learning_rate, trainable
 from fastalign.train.profile import StepProfiler
 from fastalign.train.report import write_counts, write_report
-from fastalign.train.step import Order, check_lengths, check_vocabulary, micro_batches, run_step, to_floats, with_target
+from fastalign.train.step import Order, check_lengths, check_vocabulary, deal, over_ranks, run_step, to_floats, with_target
 from fastalign.types import Sample
 
 logger = logging.getLogger("fastalign")
@@ -67,13 +69,27 @@ def train(config: RunConfig, *, callbacks: Sequence[Callback] = ()) -> TrainResu
     batch has passed the self-check nothing is written.
     """
     config.validate()
-    with claim(config.output, resume=config.resume, overwrite=config.overwrite) as folder:
-        return _Run(config, folder, callbacks).run()
+    with joined(config.model.device) as ranks, _claimed(config, ranks) as folder:
+        with ranks.together():
+            run = _Run(config, folder, callbacks, ranks)
+        return run.run()
+
+
+@contextmanager
+def _claimed(config: RunConfig, ranks: Ranks) -> Iterator[RunFolder]:
+    """The output folder, locked by the first rank for all."""
+    with ExitStack() as stack:
+        with ranks.together():
+            config.check_ranks(ranks.size)
+            folder = RunFolder(Path(config.output))
+            if ranks.is_first:
+                folder = stack.enter_context(claim(config.output, resume=config.resume, overwrite=config.overwrite))
+        yield folder
 
 
 class _Run:
-    def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback]) -> None:
-        self.config, self.folder, self.callbacks = config, folder, callbacks
+    def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback], ranks: Ranks) -> None:
+        self.config, self.folder, self.callbacks, self.ranks = config, folder, callbacks, ranks
         check_loggers(config.loggers)
         self.tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         self.data = config.load_data(self.tokenizer, head_vocab_size(config.model.path))  # before the model: mistakes show sooner
@@ -82,9 +98,9 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = config.load_model(self.tokenizer)
         self.device = next(self.model.parameters()).device
-        head_weight = lm_head_weight(self.model)
-        embedding = causal_lm(self.model).get_input_embeddings()
-        check_vocabulary(samples, len(embedding.weight if head_weight is None else head_weight))
+        self.head_weight = lm_head_weight(self.model)
+        self.embedding = causal_lm(self.model).get_input_embeddings()
+        check_vocabulary(samples, len(self.embedding.weight if self.head_weight is None else self.head_weight))
         self.order = Order.of(config, len(self.data.samples))
         self.identity = Identity(
             algorithm=config.name,
@@ -92,8 +108,9 @@ class _Run:
             data=self.data.fingerprint,
             model=model_fingerprint(self.model, skip_adapter=POLICY if has_adapter(self.model) else None),
         )
+        _check_alike(self.identity, ranks)
         self.rss_before = rss_bytes()  # what is there without training
-        self.optimizer = Optimizer(self.model, config, head_weight=head_weight, embedding=embedding)
+        trainable(self.model)  # mistakes show before anything is written
         config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
         self.progress = Progress()
         self.saved_step = -1
@@ -110,7 +127,7 @@ class _Run:
         self._predict()
         if config.profile:
             self.profiler = StepProfiler(config.profile, total - self.progress.step, folder.path, self.model, self.device)
-        logs = MetricsWriter(
+        logs = (MetricsWriter if self.ranks.is_first else NoMetrics)(
             folder.path,
             loggers=config.loggers,
             resume_step=self.progress.step,
@@ -119,7 +136,7 @@ class _Run:
             config=flat(config),
         )
         with logs, _stop_requests() as stop:
-            while self.progress.step < total and not stop:
+            while self.progress.step < total and not (stopped := self._stopped(stop)):
                 with self.profiler.step() if self.profiler else nullcontext():
                     self._step()
                 step = self.progress.step
@@ -138,12 +155,16 @@ class _Run:
                     self._save(logs)
             if self.saved_step < self.progress.step:
                 self._save(logs)
-        if stop and self.progress.step < total:
-            logger.warning("%s: stopped by %s after step %d/%d; continue with --resume", folder.path, stop[0], self.progress.step, total)
-            return TrainResult(folder.path, self.progress.step, self.metrics, self.eval_metrics, interrupted=stop[0])
+        if self.progress.step < total:
+            logger.warning("%s: stopped by %s after step %d/%d; continue with --resume", folder.path, stopped, self.progress.step, total)
+            return TrainResult(folder.path, self.progress.step, self.metrics, self.eval_metrics, interrupted=stopped)
         self._compare_memory()
         self._finish()
         return TrainResult(folder.path, total, self.metrics, self.eval_metrics)
+
+    def _stopped(self, requests: Sequence[str]) -> str | None:
+        """The signal that asks some rank to stop."""
+        return next(filter(None, self.ranks.gather(requests[0] if requests else None)), None)
 
     def _step(self) -> None:
         """One optimizer step, and its metrics."""
@@ -151,7 +172,7 @@ class _Run:
         config, progress = self.config, self.progress
         samples = self._samples(progress.step)
         if isinstance(self.objective, Online):
-            with torch.no_grad():
+            with torch.no_grad(), self.weights.whole(), self.ranks.together():
                 samples = list(self.objective.samples(progress.step, samples))
             self.answers = self.objective.shown(progress.step + 1)
         rate = learning_rate(progress.step, self.order.total_steps, config)
@@ -161,6 +182,7 @@ class _Run:
         grad_norm = self.optimizer.grad_norm()
         values = to_floats({**sums, "grad_norm": grad_norm})  # the step's one wait for the device
         norm = values.pop("grad_norm")
+        values = over_ranks(values, self.ranks)
         metrics = self.objective.metrics(values, denominators)
         progress.step += 1
         if math.isfinite(values["loss"]) and math.isfinite(norm):
@@ -173,10 +195,10 @@ class _Run:
         if isinstance(self.objective, Stateful):
             self.objective.after_step(progress.step)
         if self.profiler:
-            self.profiler.count(bins, self.objective, share=config.share_prompts)
+            self.profiler.count(bins[self.ranks.index], self.objective, share=config.share_prompts)
         num_tokens = sum(sample.num_tokens for sample in samples)
         progress.num_tokens += num_tokens
-        spared = sum(map(spared_tokens, bins)) / num_tokens if config.share_prompts else 0.0
+        spared = sum(map(spared_tokens, chain(*bins))) / num_tokens if config.share_prompts else 0.0
         if spared and progress.step == 1:
             logger.info("prompts are shared: %.0f %% of the tokens of the first step were not computed again", 100 * spared)
         seconds = time.perf_counter() - started
@@ -196,18 +218,24 @@ class _Run:
 
     def _run_step(
         self, samples: Sequence[Sample], *, backward: bool = True, before_last: Callable[[Tensor], None] | None = None
-    ) -> tuple[list[list[Sample]], dict[str, Tensor], dict[str, float]]:
-        """`run_step` on micro-batches that fit: where the device runs out of memory, all of it is repeated with smaller ones.
+    ) -> tuple[list[list[list[Sample]]], dict[str, Tensor], dict[str, float]]:
+        """`run_step` on micro-batches that fit: where a device runs out of memory, all of it is repeated with smaller ones.
 
         Gradients and random numbers are put back first, and a step does not depend on how it is cut, so the result is the same.
+        Returns the micro-batches of every rank, and the sums over those of this one.
         """
-        share, progress = self.config.share_prompts, self.progress
+        share, progress, ranks = self.config.share_prompts, self.progress, self.ranks
         while True:
             limit = progress.max_tokens or self.config.max_tokens
-            bins = micro_batches(samples, limit, share=share)
+            bins = deal(samples, limit, ranks.size, share=share)
+            own, found = bins[ranks.index], None
+            idle = self.weights.idle(bins, ranks.index)
             before = checkpoint.rng_state()
+            options: dict[str, Any] = {
+                "device": self.device, "backward": backward, "share": share, "idle": idle, "before_last": before_last
+            }  # fmt: skip
             try:
-                return bins, *run_step(self.objective, bins, device=self.device, backward=backward, share=share, before_last=before_last)
+                found = run_step(self.objective, own, samples=samples if ranks.size > 1 else None, **options)
             except torch.OutOfMemoryError:
                 if self.optimizer.begun:
                     raise DeviceMemoryError(
@@ -215,12 +243,21 @@ class _Run:
                         f"the step cannot be repeated; start again with a smaller --max_tokens than {limit}, or without it"
                     ) from None
                 longest = max((packed_tokens(sample, share=share), sample.index) for sample in samples)
-                if len(bins) == len(samples) or limit <= longest[0]:
+                if sum(map(len, bins)) == len(samples) or limit <= longest[0]:
                     raise DeviceMemoryError(
                         f"step {progress.step + 1}: out of memory on {self.device} with micro-batches of one sample (the longest is row "
                         f"{longest[1]}, {longest[0]} tokens). Set --model.gradient_checkpointing true, --lora.r 16, a smaller "
                         "--data.max_length or --logits_budget; fastalign plan says what each of them saves"
                     ) from None
+                if self.weights.in_step:  # the others wait for this one's layers, and cannot begin again
+                    raise DeviceMemoryError(
+                        f"step {progress.step + 1}: out of memory on {self.device} with micro-batches of {limit} tokens; set --max_tokens "
+                        f"{max(longest[0], limit // 2)}, which gives the same result, and continue with --resume"
+                    ) from None
+            if not ranks.any(found is None):
+                assert found is not None
+                return bins, *found
+            longest = max((packed_tokens(sample, share=share), sample.index) for sample in samples)
             progress.max_tokens = max(longest[0], limit // 2)  # here, where no traceback holds the step's tensors any more
             checkpoint.restore_rng(before)
             if backward:
@@ -276,13 +313,13 @@ class _Run:
     def _evaluate(self) -> None:
         """Metrics of the whole held-out split, as if it were one step."""
         if isinstance(self.objective, Online):
-            with torch.no_grad():
+            with torch.no_grad(), self.weights.whole():
                 self.eval_metrics = {f"eval_{name}": value for name, value in self.objective.evaluate(self.data.eval_samples).items()}
             return
         self.model.eval()
         _, sums, denominators = self._run_step(self.data.eval_samples, backward=False)
         self.model.train()
-        metrics = self.objective.metrics(to_floats(sums), denominators)
+        metrics = self.objective.metrics(over_ranks(to_floats(sums), self.ranks), denominators)
         self.eval_metrics = {f"eval_{name}": value for name, value in metrics.items()}
 
     def _samples(self, step: int) -> list[Sample]:
@@ -290,27 +327,44 @@ class _Run:
 
     def _begin(self) -> None:
         """The first write of the run. Then the objective, for the initial weights, and after it what the newest checkpoint holds."""
-        config, folder = self.config, self.folder
-        found = checkpoint.newest_good(folder.checkpoints) if config.resume else None
-        if found:
-            checkpoint.check_identity(found.path, found.state, self.identity)
-        elif config.resume:
-            logger.warning("%s: no checkpoint to resume from; starting at the first step", folder.path)
-        folder.begin(fresh=config.overwrite)
-        dump(replace(config, resume=False, overwrite=False), folder.path / "config.yaml")
-        write_counts(folder.path, self.data)
-        with writing(folder.path):
+        config, folder, ranks = self.config, self.folder, self.ranks
+        found = None
+        with ranks.together():
+            if config.resume and ranks.is_first:
+                found = checkpoint.newest_good(folder.checkpoints)
+        found = ranks.gather(found)[0]
+        with ranks.together():
+            if found:
+                checkpoint.check_identity(found.path, found.state, self.identity)
+            elif config.resume:
+                logger.warning("%s: no checkpoint to resume from; starting at the first step", folder.path)
+            if ranks.is_first:
+                folder.begin(fresh=config.overwrite)
+                dump(replace(config, resume=False, overwrite=False), folder.path / "config.yaml")
+                write_counts(folder.path, self.data)
+        with ranks.together(), writing(folder.path):
             self.objective = config.objective(self.model, self.data, folder.path)
+        self.weights = distributed.of(self.model, config, ranks, self.device)
+        self.optimizer = Optimizer(
+            self.model, config, head_weight=self.head_weight, embedding=self.embedding, division=self.weights.division
+        )
+        if ranks.index:
+            torch.manual_seed(config.seed + (ranks.index << 32))  # dropout differs; all else has been drawn, alike on all ranks
         if found:
             self._restore(found)
 
     def _restore(self, found: Found) -> None:
         for path, fault in found.damaged.items():
             logger.warning("damaged checkpoint: %s; continuing from %s", fault, found.path.name)
-            checkpoint.set_aside(path)
-        checkpoint.restore_weights(self.optimizer.named, checkpoint.load_tensors(found.path, "weights"), found.path)
-        self.optimizer.load_state(checkpoint.load_tensors(found.path, "optimizer"))
-        checkpoint.restore_rng(checkpoint.load_tensors(found.path, "rng"))
+            if self.ranks.is_first:
+                checkpoint.set_aside(path)
+        division, ranks = self.weights.division, self.ranks
+        checkpoint.restore_weights(self.optimizer.named, checkpoint.load_tensors(found.path, "weights"), found.path, division.copy)
+        self.optimizer.load_state(checkpoint.load_tensors(found.path, "optimizer", division.rows))
+        if ranks.is_first or checkpoint.processes_of(found.path) == ranks.size:
+            checkpoint.restore_rng(checkpoint.load_rng(found.path, ranks.index))
+        else:
+            torch.manual_seed(self.config.seed + (ranks.index << 32) + found.state["progress"]["step"])
         if isinstance(self.objective, Stateful) and "objective.safetensors" in found.state["files"]:
             self.objective.load_state(checkpoint.load_tensors(found.path, "objective"))
         self.progress = Progress(**found.state["progress"])
@@ -323,16 +377,23 @@ class _Run:
             self.folder.checkpoints,
             self.progress,
             self.identity,
-            self.optimizer.named,
+            {name: self.weights.division.kept(p) for name, p in self.optimizer.named.items()},
             self.optimizer.state(),
             self.objective.state() if isinstance(self.objective, Stateful) else None,
             keep=self.config.keep_checkpoints,
+            ranks=self.ranks,
         )
         self.saved_step = self.progress.step
 
     def _finish(self) -> None:
         """Export the weights, and write the report and the model card."""
         folder = self.folder
+        self.weights.make_whole()
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self._write_final(folder)
+
+    def _write_final(self, folder: RunFolder) -> None:
         temporary = folder.path / f"{TEMPORARY}final"
         with writing(folder.final):
             save_final(self.model, self.tokenizer, temporary)
@@ -340,6 +401,18 @@ class _Run:
             publish(temporary, folder.final)
         write_report(folder.path)
         write_card(folder.path, self.config)
+
+
+def _check_alike(identity: Identity, ranks: Ranks) -> None:
+    """Raise DataError where the ranks have read different models or data."""
+    first, *others = ranks.gather(identity)
+    for index, other in enumerate(others, 1):
+        for what in ("data", "model"):
+            if getattr(other, what) != getattr(first, what):
+                raise DataError(
+                    f"rank {index} has read another {what} than rank 0 (fingerprint {getattr(other, what)}, there "
+                    f"{getattr(first, what)}); give all hosts the same files"
+                )
 
 
 @contextmanager

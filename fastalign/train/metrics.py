@@ -108,6 +108,25 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics(MetricsWriter):
+    """A writer that writes nothing, for all processes of a run but the first."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, float], kind: Literal["train", "eval"] = "train") -> None:
+        pass
+
+    def log_completions(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl` with NaN and infinities as floats again. A torn last line, which a killed run may leave, is left out.
 

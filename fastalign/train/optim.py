@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,56 @@ def learning_rate(step: int, total_steps: int, config: RunConfig) -> float:
     return config.learning_rate * factor[config.lr_schedule]
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of `model` that require a gradient, by name. Raises ConfigError where there is none, or one in float16."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ConfigError("the model has no trainable weight; set lora.r above 0, or load the model without frozen weights")
+    if half := [name for name, p in named.items() if p.dtype == torch.float16]:
+        raise ConfigError(f"model.dtype float16 cannot be trained without loss scaling ({half[0]}); use bfloat16 or float32")
+    return named
+
+
+class Division:
+    """Which rows of the trainable weights this process updates. Here all of them: the process is alone."""
+
+    is_whole = True
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The part of `tensor`, of the shape of a weight, that this process updates."""
+        return tensor
+
+    def parameter(self, weight: nn.Parameter) -> nn.Parameter:
+        """What is updated of a weight that has no float32 copy; its storage is the weight's."""
+        return weight
+
+    def masters(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Float32 copies that are the weights themselves, which run in 16 bits."""
+        return {}
+
+    def reduce(self, weights: Mapping[str, nn.Parameter], updated: Mapping[str, nn.Parameter]) -> None:
+        """Give what is updated the gradient that all processes together have."""
+
+    def norm(self, grads: Iterable[Tensor]) -> Tensor:
+        """L2 norm of the gradient whose parts are `grads` here."""
+        return nn.utils.get_total_norm(grads).float()
+
+    def copy(self, weight: Tensor, value: Tensor) -> None:
+        """Give `weight` the `value`, which is a whole one."""
+        weight.copy_(value)
+
+    def kept(self, weight: nn.Parameter) -> Tensor:
+        """What this process writes of a weight."""
+        return weight
+
+    def spread(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Fetch the rows of the weights that others have updated."""
+
+    def names(self, names: list[str]) -> list[str]:
+        """Those that any process gives."""
+        return names
+
+
 class Optimizer:
     """AdamW over the trainable weights of a model.
 
@@ -53,16 +103,20 @@ class Optimizer:
     With `config.update_in_backward` a weight is updated as soon as its gradient is there in the last micro-batch, which `begin_update`
     announces, and its gradient is freed; `step` then updates what is left. After a gradient that is not finite no further weight is
     updated; those that the backward had reached before, nearer to the loss, are.
+    `division` says which rows of the weights this process updates: copies and moments are of these alone.
     """
 
     def __init__(
-        self, model: nn.Module, config: RunConfig, *, head_weight: Tensor | None = None, embedding: nn.Module | None = None
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        *,
+        head_weight: Tensor | None = None,
+        embedding: nn.Module | None = None,
+        division: Division | None = None,
     ) -> None:
-        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.named:
-            raise ConfigError("the model has no trainable weight; set lora.r above 0, or load the model without frozen weights")
-        if half := [name for name, p in self.named.items() if p.dtype == torch.float16]:
-            raise ConfigError(f"model.dtype float16 cannot be trained without loss scaling ({half[0]}); use bfloat16 or float32")
+        self.named = trainable(model)
+        self.division = division = division or Division()
         if config.stochastic_rounding and all(p.dtype != torch.bfloat16 for p in self.named.values()):
             raise ConfigError("stochastic_rounding: no trained weight is bfloat16; set --model.dtype bfloat16, or leave it false")
         self.in_backward, self.max_grad_norm = config.update_in_backward, config.max_grad_norm
@@ -73,18 +127,24 @@ class Optimizer:
         kept = {name for name, p in self.named.items() if any(p is weight for weight in in_place)}
         wide = {name for name, p in self.named.items() if config.master_weights and p.dtype != torch.float32}
         self.masters = {
-            name: _copy(p, torch.float32 if name in wide else p.dtype, host=self.on_host)
+            name: _copy(division.rows(p.detach()), torch.float32 if name in wide else p.dtype, host=self.on_host)
             for name, p in self.named.items()
             if self.on_host or name in wide
         }
-        self.saved_masters = wide  # the others are their weights
-        self.updated: dict[str, nn.Parameter] = {name: self.masters.get(name, p) for name, p in self.named.items()}
-        # What holds the gradient in `.grad` once a micro-batch is over: the weight, its float32 copy, or a place of its own.
-        self.holders: dict[str, Any] = dict(self.named)
+        self.copied = set(self.masters)  # to their weights, after an update
+        running = division.masters(self.named)
+        self.masters |= running
+        self.saved_masters = wide | set(running)  # the others are their weights
+        self.updated = {n: self.masters[n] if n in self.masters else division.parameter(p) for n, p in self.named.items()}
+        # What holds the gradient in `.grad`: the weight, its float32 copy, a place of its own; of several processes, what is updated.
+        self.holders: dict[str, Any] = dict(self.named if division.is_whole else self.updated)
         for name in wide:
-            self.holders[name] = _Holder() if self.on_host else self.masters[name]
+            if division.is_whole:
+                self.holders[name] = _Holder() if self.on_host else self.masters[name]
             if name in kept or not self.in_backward:
-                self.holders[name].grad = self.named[name].main_grad = torch.zeros_like(self.named[name], dtype=torch.float32)  # type: ignore[attr-defined]
+                weight = self.named[name]
+                weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+                self.holders[name].grad = division.rows(weight.main_grad)  # type: ignore[attr-defined]
         for name, p in self.named.items():
             if name in wide or self.in_backward:
                 p.register_post_accumulate_grad_hook(partial(_accumulated, weakref.ref(self), name))
@@ -122,9 +182,10 @@ class Optimizer:
         self.rate, self.skip = rate, (~loss.detach().isfinite()).float()
 
     def grad_norm(self) -> Tensor:
-        """L2 norm of the whole gradient, a float32 scalar on the device."""
+        """L2 norm of the whole gradient, a float32 scalar on the device; of several processes, their gradients are added up first."""
         if not self.norms:
-            return nn.utils.get_total_norm([h.grad for h in self.holders.values() if h.grad is not None]).float()
+            self.division.reduce(self.named, self.updated)
+            return self.division.norm([h.grad for h in self.holders.values() if h.grad is not None])
         left = {n: torch.linalg.vector_norm(h.grad) for n, h in self._left().items()}
         norms = {**self.norms, **left}
         first = next(iter(norms.values()))
@@ -133,7 +194,8 @@ class Optimizer:
     def nonfinite_gradients(self) -> list[str]:
         """Names of the weights whose gradient holds NaN or infinity."""
         found = {n for n, norm in self.norms.items() if not bool(norm.isfinite())}
-        return [n for n in self.named if n in found or (n in self._left() and not bool(self.holders[n].grad.isfinite().all()))]
+        left = self._left()
+        return self.division.names([n for n in self.named if n in found or (n in left and not bool(left[n].grad.isfinite().all()))])
 
     def step(self, rate: float, grad_norm: Tensor) -> None:
         """Clip by the given norm and update the weights at learning rate `rate`: those that the backward has not updated yet."""
@@ -141,6 +203,7 @@ class Optimizer:
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(list(left.values()), self.max_grad_norm, grad_norm)
         self._update(list(left), rate)
+        self.division.spread(self.named)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on besides the weights: `<weight>/<statistic>` -> tensor."""
@@ -202,10 +265,11 @@ class Optimizer:
         """After a micro-batch's gradient of a weight: it goes to where it is accumulated, and in the last one into the update."""
         holder = self.holders[name]
         if holder is not weight and weight.grad is not None:  # None where all of it went into the buffer already
-            if holder.grad is None:
+            buffer = getattr(weight, "main_grad", holder.grad)
+            if buffer is None:
                 holder.grad = weight.grad.float()
             else:
-                holder.grad.add_(weight.grad)
+                buffer.add_(weight.grad)
             weight.grad = None
         if self.rate is None or self.skip is None or holder.grad is None:
             return
@@ -234,10 +298,12 @@ class Optimizer:
                 device = self.updated[names[0]].device
                 engine.grad_scale, engine.found_inf = None, skip.to(device)  # type: ignore[attr-defined]
             engine.step()
-        copied = [name for name in names if name in self.masters]
+        copied = [name for name in names if name in self.copied]
         if copied:
             with torch.no_grad():
-                torch._foreach_copy_([self.named[n] for n in copied], [self.masters[n] for n in copied], non_blocking=True)
+                torch._foreach_copy_(
+                    [self.division.rows(self.named[n]) for n in copied], [self.masters[n] for n in copied], non_blocking=True
+                )
         if self.on_host:
             for name in names:
                 self.masters[name].grad = None

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastalign.errors import ConfigError, DataError
 from fastalign.objectives.base import Objective, Prepared, RunConfig
-from fastalign.packing import collate, pack_samples, packed_tokens
+from fastalign.packing import collate, pack_samples, packed_tokens, spared_tokens
+from fastalign.ranks import Ranks
 from fastalign.types import Sample
 
 
@@ -93,6 +94,38 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, *, share: bool = F
     return [[samples[i] for i in members] for members in pack_samples(samples, max_tokens, share=share)]
 
 
+def deal(samples: Sequence[Sample], max_tokens: int, ranks: int, *, share: bool = False) -> list[list[list[Sample]]]:
+    """The samples of a step, cut into bins of at most `max_tokens` tokens for each of so many ranks, balanced by tokens.
+
+    No rank has more bins than another needs to have: as many as if all bins were full. One rank has those of `micro_batches`. For
+    several the bins are as small as their number allows (MULTIFIT, Coffman 1978), and each goes, longest first, to the rank with
+    the fewest tokens that still may have one.
+    """
+    bins = micro_batches(samples, max_tokens, share=share)
+    if ranks == 1:
+        return [bins]
+    most = -(-len(bins) // ranks)
+    low, high = max(packed_tokens(sample, share=share) for sample in samples), max_tokens
+    while low < high:
+        limit = (low + high) // 2
+        found = micro_batches(samples, limit, share=share)
+        if len(found) <= most * ranks:
+            bins, high = found, limit
+        else:
+            low = limit + 1
+    dealt: list[list[list[Sample]]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for tokens, members in sorted(((_tokens(members, share), members) for members in bins), key=lambda found: -found[0]):
+        rank = min((r for r in range(ranks) if len(dealt[r]) < most), key=lambda r: (loads[r], r))
+        dealt[rank].append(members)
+        loads[rank] += tokens
+    return dealt
+
+
+def _tokens(members: Sequence[Sample], share: bool) -> int:
+    return sum(sample.num_tokens for sample in members) - (spared_tokens(members) if share else 0)
+
+
 def run_step(
     objective: Objective,
     bins: Sequence[Sequence[Sample]],
@@ -100,15 +133,19 @@ def run_step(
     device: torch.device,
     backward: bool = True,
     share: bool = False,
+    samples: Sequence[Sample] | None = None,
+    idle: Sequence[Sequence[Sample]] = (),
     before_last: Callable[[Tensor], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Add the gradient of the loss of all samples to the weights, one bin at a time.
 
     `before_last` is called with the loss of the whole step before the backward of the last bin. Returns the metric sums, still on the
     device, and the denominators. None of it depends on how the samples are cut into bins, or on whether those of a bin share their
-    prompts.
+    prompts. Where other processes have bins of the step, too, `samples` are all of its samples, and `idle` are bins that this one runs
+    after its own for nothing, so that all processes run the layers equally often.
     """
-    samples = [sample for members in bins for sample in members]
+    if samples is None:
+        samples = [sample for members in bins for sample in members]
     denominators = objective.denominators(samples)
     if isinstance(objective, Prepared):
         with torch.no_grad():
@@ -119,18 +156,33 @@ def run_step(
             batch = collate(members, share=share).to(device)
             loss, sums = objective.loss(batch, denominators)
             for name, value in sums.items():
-                totals[name] = _join(name, totals[name], value) if name in totals else value
+                totals[name] = join(name, totals[name], value) if name in totals else value
             if backward:
                 if before_last is not None and at == len(bins) - 1:
                     before_last(totals["loss"])
                 loss.backward()
+        for members in idle:
+            batch = collate(members, share=share).to(device)
+            loss, _ = objective.loss(batch, dict.fromkeys(denominators, math.inf))  # a share of nothing: the gradient is 0
+            if backward:
+                loss.backward()
     return totals, denominators
 
 
-def _join(name: str, a: Tensor, b: Tensor) -> Tensor:
+def join(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """What is kept of two values of the metric sum `name`."""
     if name.startswith("min_"):
         return torch.minimum(a, b)
     return torch.maximum(a, b) if name.startswith("max_") else a + b
+
+
+def over_ranks(values: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """The metric sums of a step from those of every rank's share of it."""
+    totals: dict[str, float] = {}
+    for part in ranks.gather(values):
+        for name, value in part.items():
+            totals[name] = float(join(name, *torch.tensor([totals[name], value]).double())) if name in totals else value
+    return totals
 
 
 def to_floats(values: dict[str, Tensor]) -> dict[str, float]:
