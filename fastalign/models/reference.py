@@ -3,6 +3,7 @@
 adapter  the model with its adapter switched off, or with the frozen adapter that training started from: one forward a step
 cache    computed once for every sample, before training, and kept on disk under a fingerprint: no cost during training
 copy     a second, frozen model, on the model's device or on another: memory for its weights, one forward a step
+stream   a second, frozen model in host memory, whose layers come to the device one by one: little memory there, one forward a step
 
 `auto` is adapter where an adapter is trained, else cache.
 """
@@ -28,6 +29,7 @@ from fastalign.errors import ConfigError, DataError
 from fastalign.models.adapters import POLICY, has_adapter, reference_adapter
 from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.heads import HeadSpec, head_spec
+from fastalign.models.stream import LayerStream, host_copy
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.packing import batches
 from fastalign.segments import segment_sum, shared_length_sum
@@ -68,7 +70,7 @@ class ReferenceData(Protocol):
 def build_reference(
     model: Any, config: ReferenceOptions, data: ReferenceData, folder: str | Path, *, ld_alpha: float | None = None
 ) -> Reference:
-    """The reference of a run, by `config.reference` (auto, adapter, cache, copy), while `model` still is what it starts from.
+    """The reference of a run, by `config.reference` (auto, adapter, cache, copy, stream), while `model` still is what it starts from.
 
     A cache lies in `folder`/reference. With `ld_alpha` its log-probs are LD-DPO's (`segments.shared_length_sum`). Raises
     ConfigError for a mode that the model cannot serve.
@@ -80,6 +82,8 @@ def build_reference(
         return AdapterReference(model, budget=config.logits_budget, ld_alpha=ld_alpha)
     if mode == "copy":
         return CopyReference(model, budget=config.logits_budget, ld_alpha=ld_alpha)
+    if mode == "stream":
+        return StreamReference(model, budget=config.logits_budget, ld_alpha=ld_alpha)
     if mode == "cache":
         samples = [*data.samples, *data.eval_samples]
         return CachedReference.build(
@@ -92,7 +96,7 @@ def build_reference(
             budget=config.logits_budget,
             ld_alpha=ld_alpha,
         )
-    raise ConfigError(f"reference must be auto, adapter, cache or copy, got {mode!r}")
+    raise ConfigError(f"reference must be auto, adapter, cache, copy or stream, got {mode!r}")
 
 
 def sequence_logps(
@@ -168,6 +172,36 @@ class CopyReference:
         """
         for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
             own.mul_(1 - alpha).add_(other.to(own.device), alpha=alpha)
+
+
+class StreamReference(CopyReference):
+    """A frozen second model in host memory that runs on `device` (None: that of the model), where two of its layers are at a time.
+
+    The same bits as CopyReference on that device. Every batch moves all weights over the bus once, so batches should be large.
+    """
+
+    def __init__(
+        self, model: Any, *, device: torch.device | str | None = None, budget: int | None = None, ld_alpha: float | None = None
+    ) -> None:
+        self.device = next(model.parameters()).device if device is None else torch.device(device)
+        self.model = host_copy(model)
+        self.head = head_spec(self.model)  # before its layers are streamed: it is measured on the host
+        self.budget, self.ld_alpha = budget, ld_alpha
+        self.layers = LayerStream(self.model, self.device)
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        logps = self.token_logps(batch)
+        if self.ld_alpha is not None:
+            return shared_length_sum(logps, batch.live_cu_seqlens, self.ld_alpha).float()
+        return segment_sum(logps, batch.live_cu_seqlens).float()
+
+    def token_logps(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+        here = batch.to(self.device)
+        with evaluation(self.model):
+            hidden = trunk(self.model, here).hidden.index_select(0, here.live)
+            with self.layers.head(self.head) as head:
+                options = {"live_rows": len(here.live_target), "budget": self.budget, "temperature": temperature}
+                return head.logps(hidden, here.live_target, **options).logps.to(batch.input_ids.device)
 
 
 class CachedReference:

@@ -39,7 +39,8 @@ def slice_mlps(causal: Any, rows: int) -> None:
         mlps.append(mlp)
     _check_rows(mlps[0], causal)
     for mlp in mlps:
-        mlp.__class__ = _sliced_class(type(mlp))
+        own: Any = type(mlp)
+        mlp.__class__ = _sliced_class(own)
         mlp.rows_at_once = rows
 
 

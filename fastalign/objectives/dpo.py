@@ -83,9 +83,10 @@ class DPOConfig(RunConfig):
     """Weight of an anchor, the negative log-likelihood per token of the chosen answers: short for a loss_type sft."""
     reference_free: bool = False
     """A uniform reference: log-ratios are log-probs."""
-    reference: Literal["auto", "adapter", "cache", "copy"] = "auto"
-    """adapter: the model with its adapter off; cache: log-probs computed once and kept on disk; copy: a second model.
-    auto: adapter when training LoRA, else cache; copy with sync_ref_model."""
+    reference: Literal["auto", "adapter", "cache", "copy", "stream"] = "auto"
+    """adapter: the model with its adapter off; cache: log-probs computed once and kept on disk; copy: a second model; stream: a
+    second model in host memory, whose layers come to the device one by one. auto: adapter when training LoRA, else cache; copy
+    with sync_ref_model."""
     sync_ref_model: bool = False
     """TR-DPO: let the reference follow the policy."""
     ref_model_mixup_alpha: float = 0.6
@@ -138,7 +139,7 @@ class DPOConfig(RunConfig):
         coupling = {*_COUPLED, *(loss.name for loss in owns if loss.couples == "step")}
         if self.use_weighting and (coupled := set(names) & coupling):
             self._require("use_weighting", False, f"false with {', '.join(sorted(coupled))}, which compares a pair with others than itself")
-        self._require_choice("reference", ("auto", "adapter", "cache", "copy"))
+        self._require_choice("reference", ("auto", "adapter", "cache", "copy", "stream"))
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "cache, copy or auto when all weights are trained (lora.r 0)")
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
@@ -146,7 +147,11 @@ class DPOConfig(RunConfig):
         if self.sync_ref_model:
             self._require("sync_ref_model", not self.lora.enabled, "false with an adapter: the reference has no weights of its own to move")
             self._require("sync_ref_model", not self.reference_free, "false with reference_free")
-            self._require("reference", self.reference in ("auto", "copy"), "auto or copy with sync_ref_model: another one cannot follow")
+            self._require(
+                "reference",
+                self.reference in ("auto", "copy", "stream"),
+                "auto, copy or stream with sync_ref_model: another one cannot follow",
+            )
 
     def sources(self) -> dict[str, str]:
         return own.digests(*(name for name, _ in self.losses))
@@ -157,7 +162,7 @@ class DPOConfig(RunConfig):
     def objective(self, model: Any, data: Dataset, folder: Path) -> DPO:
         if self.reference_free:
             return DPO(self, model, None)
-        if self.sync_ref_model:
+        if self.sync_ref_model and self.reference == "auto":
             return DPO(self, model, CopyReference(model, budget=self.logits_budget, ld_alpha=self.ld_alpha))
         return DPO(self, model, build_reference(model, self, data, folder, ld_alpha=self.ld_alpha))
 

@@ -44,9 +44,9 @@ class KTOConfig(RunConfig):
     """Weight of undesirable answers."""
     kl_scope: Literal["step", "microbatch"] = "step"
     """Over which samples the KL to the reference is estimated. microbatch is TRL's, and the result depends on max_tokens."""
-    reference: Literal["auto", "adapter", "cache", "copy"] = "auto"
-    """adapter: the model with its adapter off; cache: log-probs computed once and kept on disk; copy: a second model.
-    auto: adapter when training LoRA, else cache."""
+    reference: Literal["auto", "adapter", "cache", "copy", "stream"] = "auto"
+    """adapter: the model with its adapter off; cache: log-probs computed once and kept on disk; copy: a second model; stream: a
+    second model in host memory, whose layers come to the device one by one. auto: adapter when training LoRA, else cache."""
 
     def validate(self) -> None:
         super().validate()
@@ -54,13 +54,13 @@ class KTOConfig(RunConfig):
         self._require_choice("loss_type", ("kto", "apo_zero_unpaired"))
         self._require_choice("kl_scope", ("step", "microbatch"))
         self._require_use("kl_scope", self.loss_type == "kto", "loss_type=kto")
-        self._require_choice("reference", ("auto", "adapter", "cache", "copy"))
+        self._require_choice("reference", ("auto", "adapter", "cache", "copy", "stream"))
         for option in ("desirable_weight", "undesirable_weight"):
             self._require(option, 0 <= getattr(self, option) < float("inf"), "0 or more and finite")
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "cache, copy or auto when all weights are trained (lora.r 0)")
         if self.kl_scope == "microbatch":
-            self._require("reference", self.reference != "cache", "auto, adapter or copy with kl_scope=microbatch, whose rows vary")
+            self._require("reference", self.reference != "cache", "auto, adapter, copy or stream with kl_scope=microbatch, whose rows vary")
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Samples:
         data = load_unpaired(self.data, tokenizer, vocab_size=vocab_size)

@@ -23,7 +23,7 @@ from fastalign.data.tokenizer import context_window
 from fastalign.errors import ConfigError
 from fastalign.models.adapters import has_adapter
 from fastalign.models.heads import head_spec
-from fastalign.models.reference import AdapterReference, CopyReference, token_logps
+from fastalign.models.reference import AdapterReference, CopyReference, StreamReference, token_logps
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.objectives.base import RunConfig
 from fastalign.packing import batches
@@ -86,8 +86,9 @@ class OnlineConfig(RunConfig):
     """Prompt and answer tokens that are generated together; bounds the memory of the cache."""
     beta: float = 0.0
     """Weight of the KL penalty to the reference; 0: there is no reference."""
-    reference: Literal["auto", "adapter", "copy"] = "auto"
-    """adapter: the model with its adapter off; copy: a second model. auto: adapter when training LoRA, else copy."""
+    reference: Literal["auto", "adapter", "copy", "stream"] = "auto"
+    """adapter: the model with its adapter off; copy: a second model; stream: a second model in host memory, whose layers come to
+    the device one by one. auto: adapter when training LoRA, else copy."""
 
     def validate(self) -> None:
         super().validate()
@@ -105,7 +106,7 @@ class OnlineConfig(RunConfig):
         )
         self._require_judge()
         self._require("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "positive, or null")
-        self._require_choice("reference", ("auto", "adapter", "copy"))
+        self._require_choice("reference", ("auto", "adapter", "copy", "stream"))
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
         self._require_engine()
@@ -290,7 +291,8 @@ class Rollout:
         self.reference: AdapterReference | CopyReference | None = None
         if config.beta:
             adapter = config.reference == "adapter" or (config.reference == "auto" and has_adapter(model))
-            self.reference = (AdapterReference if adapter else CopyReference)(model, budget=config.logits_budget)
+            copied = StreamReference if config.reference == "stream" else CopyReference
+            self.reference = (AdapterReference if adapter else copied)(model, budget=config.logits_budget)
 
     def roll(self, prompts: Sequence[Sample], seed: Sequence[int], *, refill: int = 0) -> Rollouts:
         """`num_generations` answers to each of `prompts`, rewarded, with log-probs; their advantages are still 0.

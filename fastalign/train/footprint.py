@@ -98,7 +98,8 @@ def footprint(
         weights -= sum(p.numel() * p.element_size() - round(BYTES_IN_NF4 * p.numel()) for p in _quantized(model))
     held = dict.fromkeys(PARTS, 0)
     held[WEIGHTS] = weights
-    held[REFERENCE] = weights if keeps_copy(config) else 0
+    streamed = getattr(config, "reference", None) == "stream" and next(model.parameters()).device.type != "cpu"  # from host memory
+    held[REFERENCE] = weights if keeps_copy(config) and not streamed else 0
     held[MASTERS] = sum(4 * p.numel() for p in masters)
     copied = {id(p) for p in masters}
     wide = {key: 4 if key in copied else p.element_size() for key, p in trained.items()}
@@ -133,7 +134,7 @@ def footprint_of_steps(model: nn.Module, config: RunConfig, steps: Iterable[Sequ
 
 def keeps_copy(config: Any) -> bool:
     """Whether the run holds a second model as its reference."""
-    return getattr(config, "reference", None) == "copy" or bool(getattr(config, "sync_ref_model", False))
+    return getattr(config, "reference", None) in ("copy", "stream") or bool(getattr(config, "sync_ref_model", False))
 
 
 def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.device) -> Plan | None:

@@ -125,7 +125,7 @@ def test_auto(tmp_path: Path) -> None:
 def test_modes_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="reference=adapter needs an adapter"):
         build_reference(policy(), Options("adapter"), Data(), ".")
-    with pytest.raises(ConfigError, match="reference must be auto, adapter, cache or copy, got 'disk'"):
+    with pytest.raises(ConfigError, match="reference must be auto, adapter, cache, copy or stream, got 'disk'"):
         build_reference(policy(), Options("disk"), Data(), ".")
 
 

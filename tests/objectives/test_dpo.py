@@ -203,7 +203,7 @@ def test_pairs_with_nothing_scored_do_no_harm() -> None:
         ({"rpo_alpha": -1.0}, "rpo_alpha must be 0 or more, or null"),
         ({"loss_type": "aot", "use_weighting": True}, "use_weighting must be false with aot"),
         ({"discopop_tau": 0.0}, "discopop_tau must be positive"),
-        ({"sync_ref_model": True, "reference": "cache"}, "reference must be auto or copy with sync_ref_model"),
+        ({"sync_ref_model": True, "reference": "cache"}, "reference must be auto, copy or stream with sync_ref_model"),
         ({"sync_ref_model": True, "reference_free": True}, "sync_ref_model must be false with reference_free"),
         ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha must be in \(0, 1\]"),

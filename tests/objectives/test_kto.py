@@ -161,7 +161,7 @@ def test_weights_out_of_the_recommended_range_are_reported(monkeypatch: pytest.M
         ({"kl_scope": "epoch"}, "kl_scope must be one of step, microbatch"),
         ({"desirable_weight": -1.0}, "desirable_weight must be 0 or more and finite"),
         ({"kl_scope": "microbatch", "loss_type": "apo_zero_unpaired"}, "kl_scope must be left at 'step', .* only with loss_type=kto"),
-        ({"kl_scope": "microbatch", "reference": "cache"}, "reference must be auto, adapter or copy with kl_scope=microbatch"),
+        ({"kl_scope": "microbatch", "reference": "cache"}, "reference must be auto, adapter, copy or stream with kl_scope=microbatch"),
         ({"reference": "adapter"}, "reference must be cache, copy or auto when all weights are trained"),
     ],
 )
