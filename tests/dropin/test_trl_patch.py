@@ -228,9 +228,8 @@ def test_undo_puts_back_what_was_there() -> None:
 
 def test_a_patch_that_fails_half_way_leaves_nothing(monkeypatch: Any) -> None:
     before = replaced()
-    monkeypatch.setattr(
-        door, "installed_release", lambda: replace(RELEASE, scoring=(("trl.trainer.sft_trainer", "SFTTrainer", ("none",)),))
-    )
+    wrong = replace(RELEASE, scoring=(("trl.trainer.sft_trainer", "SFTTrainer", ("none",)),))
+    monkeypatch.setattr(door, "installed_release", lambda: wrong)
     with pytest.raises(KeyError):
         door.patch()
     assert replaced() == before
