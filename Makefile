@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help native native-test demo test test-all test-matrix gpu bench microbench lint format clean
+.PHONY: help native native-test demo test test-all test-matrix test-dropin gpu bench microbench lint format clean
 
 help:
 	@echo "make demo         train a small model on generated preferences, show before and after, write a report"
@@ -20,6 +20,7 @@ help:
 	@echo "make test         lint, types and tests (under 20 minutes on 2 cores)"
 	@echo "make test-all     the same with the slow tests"
 	@echo "make test-matrix  tests on the oldest and the newest supported versions, in environments of their own"
+	@echo "make test-dropin  the patch of TRL's trainers on TRL 0.24 to 1.16, in environments of their own"
 	@echo "make gpu          tests, memory checks and head benchmark on a GPU, into OUT=gpu; PYTHON=... is used as it is"
 	@echo "make bench        DPO and the LM head against other trainers on this machine, into bench/results/"
 	@echo "make microbench   what single calls of the head, the losses, packing and collation take"
@@ -48,6 +49,9 @@ test-all: $(READY) lint native-test
 
 test-matrix: $(READY)
 	bash tests/matrix.sh
+
+test-dropin: $(READY)
+	PYTHON="$(PYTHON)" bash tests/dropin.sh
 
 gpu:
 	PYTHON="$(PYTHON)" OUT="$(OUT)" bash tests/gpu.sh

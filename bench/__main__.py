@@ -11,6 +11,7 @@ BENCHMARKS = {
     "head": ("bench.head", "the fused LM head against its bare GEMMs and peers, on a CPU or a GPU"),
     **{name: ("bench.training", f"{task.title} on a CPU against TRL") for name, task in TASKS.items()},
     "ladder": ("bench.ladder", "the longest DPO pair that fits into fixed memory, on a CPU or a GPU, against TRL"),
+    "patched": ("bench.patched", "TRL's trainers with and without the patch, on a CPU"),
     "costs": ("bench.costs", "what is paid beside the steps: unfilled bins, resuming, starting"),
     "plan": ("bench.plan", "the memory that fastalign plan predicts against what runs need, on a CPU"),
     "results": ("bench.results", "no benchmark: writes bench/RESULTS.md and the pages in bench/results/ anew from the CSV files there"),

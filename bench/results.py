@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench import costs_page, head_page, ladder_page, table, training_page
+from bench import costs_page, head_page, ladder_page, patched_page, table, training_page
 from bench.costs_page import Cost
 from bench.head_rows import Row
 from bench.ladder_page import Rung
@@ -41,6 +41,10 @@ def pages(folder: Path) -> dict[Path, str]:
             rungs = table.read(file, Rung)
             found[file.with_suffix(".md")] = ladder_page.page(rungs)
             lines += _section(file, ladder_page.title(device), [*table.facts(rungs), *ladder_page.section(rungs)])
+    if (file := folder / "patched_cpu.csv").exists():
+        runs = table.read(file, Measurement)
+        found[file.with_suffix(".md")] = patched_page.page(runs)
+        lines += _section(file, patched_page.TITLE, [*table.facts(runs), "", *patched_page.section(runs)])
     if (file := folder / "costs_cpu.csv").exists():
         costs = table.read(file, Cost)
         found[file.with_suffix(".md")] = costs_page.page(costs)

@@ -114,11 +114,17 @@ def check_steps(name: str, folder: Path, model: Path, data: Path, adapter: Path 
         spec = Spec(name, side, str(model), str(data), "", "", options, adapter=start, epochs=epochs, learning_rate=task.check_rate)
         record = run(folder, spec)
         found[called] = dict(zip(CHECKED, (record.losses, record.grad_norms)))
-    for called in list(sides)[1:]:
+    must_agree(name, found)
+
+
+def must_agree(name: str, found: dict[str, dict[str, list[float]]]) -> None:
+    """Stop unless every side has the first one's numbers in each of `CHECKED`, by its name in `found`: four steps or more."""
+    first, *others = found
+    for other in others:
         for what in CHECKED:
-            ours, theirs = found["fastalign"][what], found[called][what]
-            if len(ours) != 4 or len(theirs) != 4 or any(abs(a - b) > TOLERANCE * abs(b) for a, b in zip(ours, theirs)):
-                raise SystemExit(f"bench {name}: {what} differ, nothing is measured: fastalign {ours}, {called} {theirs}")
+            ours, theirs = found[first][what], found[other][what]
+            if not 4 <= len(ours) == len(theirs) or any(abs(a - b) > TOLERANCE * abs(b) for a, b in zip(ours, theirs)):
+                raise SystemExit(f"bench {name}: {what} differ, nothing is measured: {first} {ours}, {other} {theirs}")
 
 
 def run(folder: Path, spec: Spec) -> Recording:

@@ -48,9 +48,9 @@ def section(rows: list[Measurement]) -> list[str]:
     ]
     behind = []
     for training in dict.fromkeys(row.training for row in rows):
-        medians = {side: found for side in SIDES if (found := _medians(rows, training, side))}
-        ours = medians.get("fastalign")
-        for side, them in medians.items():
+        found = {side: columns for side in SIDES if (columns := medians(rows, training, side))}
+        ours = found.get("fastalign")
+        for side, them in found.items():
             speed = f"{ours['tokens_per_second'] / them['tokens_per_second']:.2f}" if ours else ""
             memory = f"{them['rss_growth_mib'] / ours['rss_growth_mib']:.2f}" if ours else ""
             lines.append(
@@ -62,7 +62,7 @@ def section(rows: list[Measurement]) -> list[str]:
     return [*lines, "", "Where fastalign is behind: " + ("; ".join(behind) + "." if behind else "in none of these columns.")]
 
 
-def _medians(rows: list[Measurement], training: str, side: str) -> dict[str, float]:
+def medians(rows: list[Measurement], training: str, side: str) -> dict[str, float]:
     """Of every column that a table shows; {} where nothing was measured."""
     runs = [asdict(row) for row in rows if row.training == training and row.side == side]
     numbers = ("tokens_per_second", "tokens_per_second_steps_only", "rss_growth_mib", "startup_seconds")

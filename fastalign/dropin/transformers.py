@@ -7,20 +7,15 @@ with fused_loss(model):
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from types import MethodType, TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
-from fastalign.dropin.precision import as_multiplied
+from fastalign.dropin.headless import headless_forward, next_token_loss, next_tokens, with_loss
 from fastalign.errors import ConfigError, ModelError
-from fastalign.models.heads import current_head, head_spec
-from fastalign.models.trunk import causal_lm, decoder
+from fastalign.models.heads import head_spec
+from fastalign.models.trunk import causal_lm
 from fastalign.types import IGNORE_INDEX
 
 
@@ -85,21 +80,6 @@ class FusedLoss:
         if "logits_to_keep" in kwargs or kwargs.pop("return_dict", None) is False:
             raise ConfigError("logits_to_keep and return_dict=False do not go with a loss without logits: leave them out")
         self.calls += 1
-        seen: list[Tensor] = []
-        hook = decoder(self._causal).register_forward_hook(lambda module, inputs, out: seen.append(out[0]))
-        try:
-            output = self._forward(**kwargs, return_dict=True, logits_to_keep=torch.empty(0, dtype=torch.int64))
-        finally:
-            hook.remove()
-        hidden = seen[-1]
-        target = (pad(labels, (0, 1), value=ignored)[..., 1:] if shifted is None else shifted).to(hidden.device)
-        count = (target != ignored).sum().clamp(min=1) if items is None else items
-        count = count.to(hidden.device) if isinstance(count, Tensor) else count
-        spec = current_head(self._spec, self._model)
-        weight, bias, hidden = as_multiplied(spec.weight, spec.bias, hidden)  # type: ignore[assignment]
-        spec = replace(spec, weight=weight, bias=bias)  # type: ignore[arg-type]
-        # The gradient goes through autograd, not into weight.grad at once: a Trainer scales its loss after this forward.
-        loss = spec.loss(hidden, target, lambda out, rows: -out.logps.sum() / count, ignore_index=ignored, d_weight=None, **self._options)
-        router = getattr(output, "aux_loss", None)
-        output.loss = loss if router is None else loss + self._causal.router_aux_loss_coef * router.to(loss.device)
-        return output
+        output, hidden, head = headless_forward(self._causal, self._forward, self._model, self._spec, kwargs)
+        target = (next_tokens(labels, ignored) if shifted is None else shifted).to(hidden.device)
+        return with_loss(output, next_token_loss(self._causal, head, output, hidden, target, items, ignored, self._options))

@@ -4,15 +4,21 @@
     with patch():
         trainer.train()                 # or patch(trainer): this one alone
 
-SFT, DPO, KTO, GRPO and RLOO score through one function of TRL, which is replaced: float32 logits, slabs under a byte budget, and no
-second pass over the logits where they fit it (6NVD) or the head is frozen (4NVD, 6NVD with the entropy), for TRL's 8NVD and 6NVD.
-ORPO, CPO and SimPO (`trl.experimental`) form all logits; here their forward stops before the head, which may carry a LoRA.
+What is replaced depends on the release, see `trl_releases`:
+
+From 1.15 SFT, DPO, KTO, GRPO and RLOO score through one function of TRL, which is replaced: float32 logits, slabs under a byte budget,
+and no second pass over the logits where they fit it (6NVD) or the head is frozen (4NVD, 6NVD with the entropy), for TRL's 8NVD and 6NVD.
+Before, these trainers take all logits from their model; here its forward stops before the head, and the functions that would read the
+logits are answered by the head operator (`unformed`). ORPO, CPO and SimPO form all logits in every release; their forward of pairs is
+replaced. The head may carry a LoRA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module, metadata
+from contextlib import ExitStack
+from functools import wraps
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,19 +27,14 @@ import torch
 from torch import Tensor
 
 from fastalign.dropin.precision import as_multiplied
-from fastalign.errors import ConfigError, DependencyError
+from fastalign.dropin.trl_releases import installed_release
+from fastalign.dropin.unformed import FUNCTIONS, Asked, Unformed, or_else, unformed_logits
+from fastalign.errors import ConfigError
 from fastalign.head.api import linear_logps
-from fastalign.models.heads import HeadSpec, current_head, head_spec
-from fastalign.models.trunk import causal_lm, decoder
+from fastalign.models.heads import HeadSpec, head_spec
 from fastalign.types import IGNORE_INDEX
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order in which TRL's function returns them
-PAIRED = (("trl.experimental.orpo.orpo_trainer", "ORPOTrainer"), ("trl.experimental.cpo.cpo_trainer", "CPOTrainer"))
-
-# TRL's release -> (module, name) of the function that its fused head calls, with the signature of `Patch.logps`
-VERSIONS: dict[str, tuple[str, str]] = {
-    "1.16": ("trl.trainer.utils", "_ChunkedLogProbFunction"),
-}
 
 
 def patch(trainer: Any = None, *, budget: int | None = None, impl: str = "auto") -> Patch:
@@ -43,7 +44,8 @@ def patch(trainer: Any = None, *, budget: int | None = None, impl: str = "auto")
     budget    bytes of logits at a time, None: measured; `impl`: as in `linear_logps`
 
     Raises DependencyError without TRL or for a release that has not been tested, ConfigError when a patch is in place already, for
-    an encoder-decoder model, and under DeepSpeed ZeRO-3, whose partitioned head the backward could not read.
+    an encoder-decoder model, under DeepSpeed ZeRO-3, whose partitioned head the backward could not read, and before 1.15 for
+    `use_liger_kernel` and `loss_type="chunked_nll"`, which form no logits as it is, and for what only logits can answer.
     """
     found = Patch(trainer, budget, impl)
     found.apply()
@@ -56,12 +58,17 @@ class Patch:
     _active: Patch | None = None
 
     def __init__(self, trainer: Any, budget: int | None, impl: str) -> None:
-        self.calls = 0
+        self._calls = 0
         self._trainer = trainer
         self._options: dict[str, Any] = {"budget": budget, "impl": impl}
-        self._entry = entry_point()
+        self._release = installed_release()
         self._saved: list[tuple[Any, str, Any]] = []
         self._specs: WeakKeyDictionary[Any, HeadSpec] = WeakKeyDictionary()
+        self._asked: WeakKeyDictionary[Any, Asked] = WeakKeyDictionary()
+
+    @property
+    def calls(self) -> int:
+        return self._calls + sum(asked.calls for asked in self._asked.values())
 
     def apply(self) -> None:
         if self._trainer is None:
@@ -92,11 +99,27 @@ class Patch:
 
         if is_deepspeed_zero3_enabled():
             raise ConfigError("DeepSpeed ZeRO-3 partitions the head, which the operator reads whole: use FSDP2 or ZeRO-2")
-        module, name = self._entry
-        self._replace(import_module(module), name, _Scorer(self.logps))
-        for module, name in PAIRED:
-            self._replace(getattr(import_module(module), name), "concatenated_forward", self._forward())
+        try:
+            self._replace_all()
+        except BaseException:
+            self._restore()
+            raise
         Patch._active = self
+
+    def _replace_all(self) -> None:
+        release = self._release
+        if release.fused is not None:
+            module, name = release.fused
+            self._replace(import_module(module), name, _Scorer(self.logps))
+        for module, name in release.paired:
+            self._replace(getattr(import_module(module), name), "concatenated_forward", self._forward())
+        for module, name, methods in release.scoring:
+            place = import_module(module)
+            for method in methods:
+                self._replace(getattr(place, name), method, self._scoring(vars(getattr(place, name))[method]))
+            for function in FUNCTIONS:
+                if function.__name__ in vars(place):
+                    self._replace(place, function.__name__, or_else(function, vars(place)[function.__name__]))
 
     def _restore(self) -> None:
         while self._saved:
@@ -132,7 +155,7 @@ class Patch:
         outputs: tuple[str, ...] = OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
         """What TRL's function returns, log-probs and `OUTPUTS`, None where not asked for; its tile width `chunk_size` has no use here."""
-        self.calls += 1
+        self._calls += 1
         hidden, weight, bias = as_multiplied(hidden, weight, bias)  # type: ignore[assignment]
         wanted = [name for name in OUTPUTS if name in outputs]
         out = linear_logps(
@@ -161,26 +184,27 @@ class Patch:
         """(chosen_logps, rejected_logps, chosen and rejected mean logits, nll[, aux_loss]): TRL's tuple, with means in place of logits."""
         if trainer.is_encoder_decoder:
             raise ConfigError("the head operator scores decoder-only models, and this one has an encoder: train it without the patch")
-        self.calls += 1
+        self._calls += 1
         orpo = hasattr(trainer, "odds_ratio_loss")
         inputs = trainer.concatenated_inputs(
             batch,
             is_encoder_decoder=False,
-            padding_value=trainer.padding_value if orpo else trainer.pad_token_id,
+            padding_value=trainer.padding_value if hasattr(trainer, "padding_value") else trainer.pad_token_id,
             device=trainer.accelerator.device,
         )
         ids, attended, labels = (inputs[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels"))
         chosen = batch["chosen_labels"].shape[0]
         router = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
         base = trainer.accelerator.unwrap_model(model)
-        hidden, outputs = _hidden(model, base, ids, attended, router)
+        with unformed_logits(base, self._spec(base), Asked({})):
+            outputs = model(input_ids=ids, attention_mask=attended, use_cache=False, **router)
+        hidden, spec = outputs.logits.hidden, outputs.logits.head
 
         target = labels[:, 1:]
         counted = target != IGNORE_INDEX
         if orpo:  # its likelihood term counts the prompt of the chosen too
             imitated = torch.where(attended == 1, ids, IGNORE_INDEX)[:chosen, 1:]
             target = torch.cat([torch.where(counted[:chosen], target[:chosen], imitated), target[chosen:]])
-        spec = self._spec(base)
         logps = spec.logps(hidden[:, :-1], target, **self._options).logps
         sums = (logps * counted).sum(1)
         if orpo or trainer.loss_type in ("ipo", "simpo"):
@@ -189,26 +213,34 @@ class Patch:
             nll = torch.zeros((), device=logps.device)
         else:
             nll = -logps[:chosen].sum() / (target[:chosen] != IGNORE_INDEX).sum().clamp(min=1)
-        logits = self._mean_logits(spec, hidden[:, :-1] if orpo else hidden)
-        result = (sums[:chosen], sums[chosen:], logits[:chosen].mean(), logits[chosen:].mean(), nll)
+        means = Unformed(hidden[:, :-1] if orpo else hidden, spec, Asked(self._options)).mean(-1).mean(1)
+        result = (sums[:chosen], sums[chosen:], means[:chosen].mean(), means[chosen:].mean(), nll)
         return (*result, outputs.aux_loss) if trainer.aux_loss_enabled else result
 
-    @torch.no_grad()
-    def _mean_logits(self, spec: HeadSpec, hidden: Tensor) -> Tensor:
-        """(B,) mean logit over the vocabulary and all positions, padding too; a product of means where logits are linear in `hidden`."""
-        if spec.softcap is None and spec.lora is None:
-            means = hidden.float() @ spec.weight.float().mean(0)
-            means = spec.logit_scale * (means if spec.bias is None else means + spec.bias.float().mean())
-        else:
-            some = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-            means = spec.logps(hidden, some, outputs=("mean_logits",), **self._options).mean_logits  # type: ignore[assignment]
-        return means.mean(1)
+    def _scoring(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of a trainer, with models whose logits are not formed."""
+
+        @wraps(method)
+        def scored(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            if getattr(trainer.args, "use_liger_kernel", False) or getattr(trainer.args, "loss_type", None) == "chunked_nll":
+                raise ConfigError("use_liger_kernel and loss_type='chunked_nll' form no logits: train this without the patch")
+            if getattr(trainer, "is_encoder_decoder", False):
+                raise ConfigError("the head operator scores decoder-only models, and this one has an encoder: train it without the patch")
+            asked = self._asked.setdefault(trainer, Asked(self._options))
+            with ExitStack() as stack:
+                for model in (trainer.model, getattr(trainer, "ref_model", None)):
+                    if model is not None:
+                        base = trainer.accelerator.unwrap_model(model)
+                        stack.enter_context(unformed_logits(base, self._spec(base), asked))
+                return method(trainer, *args, **kwargs)
+
+        return scored
 
     def _spec(self, model: Any) -> HeadSpec:
-        """The head, measured once per model."""
+        """The head, measured once per model; which tensors and adapter it has then is asked in each forward."""
         if model not in self._specs:
             self._specs[model] = head_spec(model)
-        return current_head(self._specs[model], model)
+        return self._specs[model]
 
 
 class _Scorer:
@@ -216,28 +248,3 @@ class _Scorer:
 
     def __init__(self, apply: Callable[..., Any]) -> None:
         self.apply = apply
-
-
-def entry_point() -> tuple[str, str]:
-    """Where the installed TRL looks its function up; DependencyError without TRL or for a release that is not in `VERSIONS`."""
-    tested = " and ".join(f"{release}.*" for release in VERSIONS) + f": pip install 'trl=={max(VERSIONS)}.*'"
-    try:
-        version = metadata.version("trl")
-    except metadata.PackageNotFoundError:
-        raise DependencyError(f"TRL is not installed; the patch is tested with {tested}") from None
-    release = ".".join(version.split(".")[:2])
-    if release not in VERSIONS:
-        raise DependencyError(f"TRL {version} is installed, and the patch is tested with {tested}")
-    return VERSIONS[release]
-
-
-def _hidden(model: Any, base: Any, ids: Tensor, attended: Tensor, router: dict[str, bool]) -> tuple[Tensor, Any]:
-    """(B, T, D) hidden states before the head, from a forward of the (possibly wrapped) model that keeps no position for its head."""
-    seen: list[Tensor] = []
-    hook = decoder(causal_lm(base)).register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
-    try:
-        none = torch.empty(0, dtype=torch.int64, device=ids.device)
-        outputs = model(ids, attention_mask=attended, use_cache=False, logits_to_keep=none, **router)
-    finally:
-        hook.remove()
-    return seen[-1], outputs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields, replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,15 +15,25 @@ from tiny import preference_rows, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastalign.dropin import trl as door
+from fastalign.dropin import trl_releases
+from fastalign.dropin.unformed import FUNCTIONS
 from fastalign.errors import ConfigError, DependencyError
 
 pytest.importorskip("trl", reason="without TRL its trainers are not compared")
 import trl
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-if door.metadata.version("trl").rsplit(".", 1)[0] not in door.VERSIONS:
+if ".".join(trl.__version__.split(".")[:2]) not in trl_releases.RELEASES:
     pytest.skip("this TRL is refused by the patch", allow_module_level=True)
+
+RELEASE = trl_releases.installed_release()
+PLACES = {name: module for module, name, *_ in (*RELEASE.paired, *RELEASE.scoring)}
+
+
+def classes(name: str) -> tuple[Any, Any]:
+    """The trainer and its config, where this release has them."""
+    place = import_module(PLACES.get(f"{name}Trainer", f"trl.trainer.{name.lower()}_trainer"))
+    return getattr(place, f"{name}Trainer"), getattr(place, f"{name}Config")
+
 
 VOCABULARY = 2049  # of the model, and the size of no other dimension: what has it last and many rows is logits
 SETTINGS = {"max_steps": 5, "learning_rate": 1e-3, "adam_epsilon": 1e-6, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False}
@@ -47,35 +59,38 @@ def lengths(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(str(c)) % 7) for c in completions]
 
 
-# name: (trainer, config, kind of data, options)
-TRAINERS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
-    "dpo": (trl.DPOTrainer, trl.DPOConfig, "pairs", {"beta": 0.3}),
-    "dpo with weights": (trl.DPOTrainer, trl.DPOConfig, "pairs", {"use_weighting": True}),
-    "kto": (trl.KTOTrainer, trl.KTOConfig, "kto", {"beta": 0.3}),
-    "sft": (trl.SFTTrainer, trl.SFTConfig, "sft", {}),
-    "grpo": (
-        trl.GRPOTrainer,
-        trl.GRPOConfig,
-        "grpo",
-        {"num_generations": 4, "max_completion_length": 6, "beta": 0.1, "entropy_coef": 0.01},
-    ),
-    "rloo": (trl.RLOOTrainer, trl.RLOOConfig, "grpo", {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}),
-    "orpo": (ORPOTrainer, ORPOConfig, "pairs", {"beta": 0.4, "max_length": 64}),
-    "cpo": (CPOTrainer, CPOConfig, "pairs", {"cpo_alpha": 0.5, "max_length": 64}),
-    "simpo": (CPOTrainer, CPOConfig, "pairs", {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "max_length": 64}),
+ANSWERS = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
+SHORT = {"max_length": 64, "max_prompt_length": 32}
+# name: (trainer, kind of data, options)
+TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dpo": ("DPO", "pairs", {"beta": 0.3}),
+    "dpo with weights": ("DPO", "pairs", {"use_weighting": True}),
+    "dpo and sft": ("DPO", "pairs", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    "kto": ("KTO", "kto", {"beta": 0.3}),
+    "sft": ("SFT", "sft", {"loss_type": "chunked_nll" if RELEASE.fused else "nll"}),
+    "grpo": ("GRPO", "grpo", {**ANSWERS, "temperature": 0.8, "num_iterations": 2, "entropy_coef": 0.01}),
+    "rloo": ("RLOO", "grpo", {**ANSWERS, "temperature": 0.8}),
+    "orpo": ("ORPO", "pairs", {"beta": 0.4, **SHORT}),
+    "cpo": ("CPO", "pairs", {"cpo_alpha": 0.5, **SHORT}),
+    "simpo": ("CPO", "pairs", {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, **SHORT}),
 }
+VARYING = {"entropy_coef", "max_prompt_length"}  # options that not every release has
 
 
 def build(name: str, folder: Any, family: str = "qwen3", **more: Any) -> Any:
-    trainer, config, kind, options = TRAINERS[name]
+    called, kind, options = TRAINERS[name]
+    trainer, config = classes(called)
     torch.manual_seed(0)
     path = folder / f"model-{family}"  # a folder, from which DPO and KTO load their reference too
     if not path.exists():
         save_tiny(path, family, vocab_size=VOCABULARY)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     extra = {"reward_funcs": lengths} if kind == "grpo" else {}
-    arguments = config(output_dir=str(folder / "out"), **{**SETTINGS, **options})
+    known = {field.name for field in fields(config)}
+    options = {name: value for name, value in {**SETTINGS, **options}.items() if name in known or name not in VARYING}
+    arguments = config(output_dir=str(folder / "out"), **options)
     tokenizer = tiny_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return trainer(model=model, args=arguments, train_dataset=data(kind), processing_class=tokenizer, **extra, **more)
 
 
@@ -115,23 +130,27 @@ def test_five_steps_are_those_of_trl(name: str, tmp_path: Any) -> None:
     assert_same(got, expected, start)
 
 
-@pytest.mark.parametrize("name", ["orpo", "cpo", "sft"])
-def test_no_logits_exist(name: str, tmp_path: Any) -> None:
-    """Under a small budget no tensor has the vocabulary for as many rows as the batch has; TRL's ORPO and CPO have one that does."""
-    trainer = build(name, tmp_path, "llama")
+def logits_of(name: str, folder: Any, patched: bool) -> tuple[int, int]:
+    """(rows of the largest logits in a step, calls of the operator)."""
+    trainer = build(name, folder, "llama")
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    seen = {}
-    for patched in (False, True):
-        with Largest(VOCABULARY) as largest:
-            if patched:
-                with door.patch(budget=64 * VOCABULARY * 4) as found:
-                    trainer.compute_loss(trainer.model, copy.copy(batch)).backward()
-            else:
-                trainer.compute_loss(trainer.model, copy.copy(batch)).backward()
-        seen[patched] = largest.rows
-    assert found.calls == 1
-    assert seen[True] <= 64
-    assert seen[False] > 100
+    with Largest(VOCABULARY) as largest:
+        if not patched:
+            trainer.compute_loss(trainer.model, copy.copy(batch)).backward()
+            return largest.rows, 0
+        with door.patch(budget=64 * VOCABULARY * 4) as found:
+            trainer.compute_loss(trainer.model, copy.copy(batch)).backward()
+    return largest.rows, found.calls
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo with weights", "dpo and sft", "kto", "sft", "grpo", "orpo", "cpo"])
+def test_no_logits_exist(name: str, tmp_path: Any) -> None:
+    """Under a small budget no tensor has the vocabulary for as many rows as the batch has; TRL without its fused head has one that does."""
+    rows, calls = logits_of(name, tmp_path, True)
+    assert calls >= 1
+    assert rows <= 64
+    if TRAINERS[name][0] in ("ORPO", "CPO") or RELEASE.fused is None:
+        assert logits_of(name, tmp_path, False)[0] > (20 if name == "grpo" else 64)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere2"])
@@ -145,12 +164,16 @@ def test_orpo_of_models_that_scale_or_cap_their_logits(family: str, tmp_path: An
     assert_same(got, expected, start)
 
 
-def test_orpo_trains_a_lora_on_the_head(tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["orpo", "dpo"])
+def test_a_lora_on_the_head_is_trained_and_the_reference_is_without(name: str, tmp_path: Any) -> None:
+    """TRL itself refuses one on the head where it has a fused head."""
     from peft import LoraConfig
 
+    modules = ["q_proj", "lm_head"] if name == "orpo" or RELEASE.fused is None else ["q_proj"]
+
     def run(patched: bool) -> Any:
-        lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
-        trainer = build("orpo", tmp_path, peft_config=lora)
+        lora = LoraConfig(r=8, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
+        trainer = build(name, tmp_path, peft_config=lora)
         start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         if not patched:
             return train(trainer), start
@@ -159,7 +182,7 @@ def test_orpo_trains_a_lora_on_the_head(tmp_path: Any) -> None:
 
     (expected, start), (got, _) = run(False), run(True)
     assert_same(got, expected, start)
-    assert any((got[1][n] - start[n]).norm() > 0 for n in start if "lm_head" in n and "lora" in n)
+    assert any((got[1][n] - start[n]).norm() > 0 for n in start if modules[-1] in n and "lora" in n)
 
 
 def test_one_trainer_alone(tmp_path: Any) -> None:
@@ -178,34 +201,68 @@ def test_one_trainer_alone(tmp_path: Any) -> None:
     assert "training_step" not in vars(trainer)
 
 
-def test_undo_puts_back_what_was_there() -> None:
-    import trl.trainer.utils as utils
+def replaced() -> dict[tuple[Any, str], Any]:
+    """What this release's patch replaces, by (owner, name), and what stands there now."""
+    owners = [(import_module(RELEASE.fused[0]), RELEASE.fused[1])] if RELEASE.fused else []
+    owners += [(getattr(import_module(module), name), "concatenated_forward") for module, name in RELEASE.paired]
+    for module, name, methods in RELEASE.scoring:
+        place = import_module(module)
+        owners += [(getattr(place, name), method) for method in methods]
+        owners += [(place, function.__name__) for function in FUNCTIONS if hasattr(place, function.__name__)]
+    return {(owner, name): vars(owner)[name] for owner, name in owners}
 
-    owners = ((utils, "_ChunkedLogProbFunction"), (ORPOTrainer, "concatenated_forward"), (CPOTrainer, "concatenated_forward"))
-    before = [vars(owner)[name] for owner, name in owners]
+
+def test_undo_puts_back_what_was_there() -> None:
+    before = replaced()
     found = door.patch()
-    assert all(vars(owner)[name] is not old for (owner, name), old in zip(owners, before))
+    assert all(vars(owner)[name] is not old for (owner, name), old in before.items())
     with pytest.raises(ConfigError, match="patched already"):
         door.patch()
     found.undo()
     found.undo()
-    assert all(vars(owner)[name] is old for (owner, name), old in zip(owners, before))
+    assert replaced() == before
     with pytest.raises(ZeroDivisionError), door.patch():
         _ = 1 / 0
-    assert all(vars(owner)[name] is old for (owner, name), old in zip(owners, before))
+    assert replaced() == before
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "1.15.0", "2.0.0"])
+def test_a_patch_that_fails_half_way_leaves_nothing(monkeypatch: Any) -> None:
+    before = replaced()
+    wrong = replace(RELEASE, scoring=(("trl.trainer.sft_trainer", "SFTTrainer", ("none",)),))
+    monkeypatch.setattr(door, "installed_release", lambda: wrong)
+    with pytest.raises(KeyError):
+        door.patch()
+    assert replaced() == before
+
+
+@pytest.mark.skipif(RELEASE.fused is not None, reason="this release scores by its own fused head, whose results are no logits")
+def test_what_needs_logits_is_refused(tmp_path: Any) -> None:
+    trainer = build("sft", tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with door.patch():
+        _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    logits = outputs.logits
+    assert logits.shape == (4, batch["input_ids"].shape[1], VOCABULARY)
+    for ask in (lambda: logits[..., 3], lambda: logits.softmax(-1), lambda: torch.topk(logits, 5), lambda: logits.view(-1, 7)):
+        with pytest.raises(ConfigError, match="the patch forms no logits"):
+            ask()
+    trainer.args.use_liger_kernel = True
+    with door.patch(), pytest.raises(ConfigError, match="form no logits: train this without the patch"):
+        trainer.compute_loss(trainer.model, batch)
+    assert "forward" not in vars(trainer.model) or not hasattr(trainer.model.forward, "unformed")
+
+
+@pytest.mark.parametrize("version", ["0.23.1", "1.17.0", "2.0.0"])
 def test_other_releases_are_refused(version: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(door.metadata, "version", lambda name: version)
-    with pytest.raises(DependencyError, match=rf"TRL {version} is installed, and the patch is tested with 1.16.\*: pip install"):
+    monkeypatch.setattr(trl_releases.metadata, "version", lambda name: version)
+    with pytest.raises(DependencyError, match=rf"TRL {version} is installed, and the patch is tested with 0.24 to 1.16: pip install"):
         door.patch()
 
 
 def test_without_trl(monkeypatch: Any) -> None:
     def absent(name: str) -> str:
-        raise door.metadata.PackageNotFoundError(name)
+        raise trl_releases.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(door.metadata, "version", absent)
+    monkeypatch.setattr(trl_releases.metadata, "version", absent)
     with pytest.raises(DependencyError, match=r"TRL is not installed.*pip install"):
         door.patch()
