@@ -12,13 +12,15 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help native native-test demo test test-all test-matrix test-dropin gpu bench microbench lint format clean
+.PHONY: help native native-test demo test test-all test-browser test-service test-matrix test-dropin gpu bench microbench lint format clean
 
 help:
 	@echo "make demo         train a small model on generated preferences, show before and after, write a report"
 	@echo "make native       the C++ kernels, where there is a compiler; demo, test and bench do this too"
 	@echo "make test         lint, types and tests (under 20 minutes on 2 cores)"
 	@echo "make test-all     the same with the slow tests"
+	@echo "make test-browser the pages of the service in headless Chromium (chromium and chromium-driver must be installed)"
+	@echo "make test-service the service under load, killed, and fuzzed (about 15 minutes)"
 	@echo "make test-matrix  tests on the oldest and the newest supported versions, in environments of their own"
 	@echo "make test-dropin  the patch of TRL's trainers on TRL 0.24 to 1.16, in environments of their own"
 	@echo "make gpu          tests, memory checks and head benchmark on a GPU, into OUT=gpu; PYTHON=... is used as it is"
@@ -42,10 +44,16 @@ demo: $(READY) native
 	$(BIN)/fastalign demo --output demo
 
 test: $(READY) lint native-test
-	$(PYTEST) -m "not slow and not gpu and not micro"
+	$(PYTEST) -m "not slow and not gpu and not micro and not browser"
 
 test-all: $(READY) lint native-test
-	$(PYTEST) -m "not gpu and not micro"
+	$(PYTEST) -m "not gpu and not micro and not browser"
+
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m browser tests/serve
+
+test-service: $(READY)
+	$(BIN)/python -m pytest -m "slow and not browser" tests/serve
 
 test-matrix: $(READY)
 	bash tests/matrix.sh

@@ -54,6 +54,8 @@ Trains language models on texts, preferences and rewards. Every command explains
   report RUN   write RUN/report.html and its curves again
   data check FILE   validate a data file and show rendered samples with the loss mask in colour
   data convert IN OUT   turn ratings, pairs, labels, rankings or edits into training data: --from ratings --to pairs
+  serve        answer over HTTP (OpenAI's protocol and a page to chat with), and keep the answers and the feedback on them:
+               --model DIR [--data feedback.db]; serve token add --role user makes a token
   demo         build a small model, train it on generated preferences and show before and after
 
   --version    print the version
@@ -111,7 +113,7 @@ def _dispatch(words: list[str]) -> int:
     if command in ALGORITHMS:
         return _train(command, rest)
     commands: dict[str, Callable[[list[str]], int]] = {
-        "eval": _eval, "label": _label, "plan": _plan, "report": _report, "data": _data, "demo": _demo,
+        "eval": _eval, "label": _label, "plan": _plan, "report": _report, "data": _data, "serve": _serve, "demo": _demo,
     }  # fmt: skip
     if command not in commands:
         from fastalign.train.options import nearest
@@ -242,6 +244,16 @@ def _data(argv: list[str]) -> int:
         near = nearest(argv[0], commands)
         raise ConfigError(f"unknown command data {argv[0]!r}; " + (f"did you mean data {near}?" if near else "there are check and convert"))
     return commands[argv[0]](argv[1:])
+
+
+def _serve(argv: list[str]) -> int:
+    service = import_module("fastalign.serve.service")
+    if _wants_help(argv):
+        groups = {"token": (service.TokenConfig, "token add|list|revoke"), "rollback": (service.RollbackConfig, "rollback")}
+        config_class, usage = groups.get(argv[0], (service.ServeConfig, "--model DIR [options]   (also: serve token, serve rollback)"))
+        return _print_help(config_class, f"fastalign serve {usage}")
+    _no_foreign_bars()
+    return service.command(argv)
 
 
 _CHECK_USAGE = "fastalign data check FILE [--objective NAME] [--model.path DIR] [--data.* options]"

@@ -40,7 +40,7 @@ import sys
 from importlib.metadata import version
 names = "torch transformers tokenizers safetensors peft datasets jsonargparse rich matplotlib numpy".split()
 print("  Python", sys.version.split()[0], *(f"{n} {version(n)}" for n in names), sep=", ")'
-    "$env/bin/python" -m pytest "${tests[@]}" -m "not slow and not gpu and not micro" "${without_trl[@]}" "${extra[@]}"
+    "$env/bin/python" -m pytest "${tests[@]}" -m "not slow and not gpu and not micro and not browser" "${without_trl[@]}" "${extra[@]}"
 }
 
 for set in "${@:-oldest newest}"; do

@@ -45,6 +45,10 @@ LAZY = {
     "fastalign.head.divergence_triton",
     "fastalign.losses.policy_triton",
     "fastalign.losses.preference_triton",
+    "fastalign.serve.api",
+    "fastalign.serve.chat",
+    "fastalign.serve.admin",
+    "fastalign.serve.guard",
 }
 FILES = sorted((ROOT / "fastalign").rglob("*.py"))
 

@@ -87,6 +87,17 @@ def truncate(log_p: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float 
     return log_p
 
 
+def draw(log_p: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (B, 1) of the distributions log_p (B, V), by inverting their distribution functions at `uniforms` (B, 1) float64 in [0, 1).
+
+    >>> draw(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.6]], dtype=torch.float64))
+    tensor([[1]])
+    """
+    below = log_p.double().exp().cumsum(-1)
+    total = below[:, -1:]
+    return torch.searchsorted(below, torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total))), right=True)
+
+
 def _renormalised(log_p: Tensor, kept: Tensor) -> Tensor:
     return log_p.masked_fill(~kept, -torch.inf).log_softmax(-1)
 
@@ -103,10 +114,7 @@ class _Sampler:
         log_p = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)
         if self.temperature:
             log_p = truncate(log_p, **self.truncation)
-            below = log_p.double().exp().cumsum(-1)
-            total = below[:, -1:]
-            u = torch.minimum(self.uniforms[:, self.step, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-            token = torch.searchsorted(below, u, right=True)
+            token = draw(log_p, self.uniforms[:, self.step, None])
         else:
             token = log_p.argmax(-1, keepdim=True)
         self.logps[:, self.step] = log_p.gather(1, token)[:, 0]

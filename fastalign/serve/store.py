@@ -174,6 +174,10 @@ class Store:
             _as_answer(row) for row in self._pages(f"SELECT *, rowid AS place FROM answers WHERE {where}", "rowid", (version, response))
         )
 
+    def answer_counts(self) -> dict[str, int]:
+        """How many answers each version gave."""
+        return self.database.read(lambda c: dict(tuple(row) for row in c.execute("SELECT version, count(*) FROM answers GROUP BY version")))
+
     # Feedback
 
     def add_feedback(self, feedback: Feedback) -> Feedback:

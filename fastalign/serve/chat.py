@@ -1,0 +1,235 @@
+"""POST /v1/chat/completions: from a request to answers, whole or streamed, each stored before its client is told that it is done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from fastalign.data.messages import Message
+from fastalign.data.templates import TemplateTraits
+from fastalign.errors import TemplateError
+from fastalign.serve.config import ServeConfig
+from fastalign.serve.decode import Row
+from fastalign.serve.engine import Engine, Events, Job, Piece
+from fastalign.serve.guard import HEADERS, Caller, ClientGoneError, as_api_error, json_response, read_body
+from fastalign.serve.records import Answer
+from fastalign.serve.store import Store
+from fastalign.serve.wire import ApiError, ChatRequest, parse_chat
+
+log = logging.getLogger("fastalign.serve")
+
+
+class Chat:
+    """The operation over a store and an engine. Raises TemplateError where the tokenizer has no chat template."""
+
+    def __init__(self, config: ServeConfig, store: Store, engine: Engine) -> None:
+        self.config, self.store, self.engine = config, store, engine
+        self.tokenizer = engine.models.tokenizer
+        if not self.tokenizer.chat_template:
+            raise TemplateError(f"{config.model}: its tokenizer has no chat template, which turns a conversation into a prompt; add one")
+        self.traits = TemplateTraits.of(self.tokenizer)
+
+    async def complete(self, request: Request, caller: Caller) -> Response:
+        """Answer one request. Raises ApiError and what the queue and the store raise."""
+        chat = parse_chat(await read_body(request, self.config.max_body))
+        if chat.model != self.config.model_name:
+            told = f"there is no model {chat.model!r:.80}; this service has {self.config.model_name!r}"
+            raise ApiError(404, told, param="model", code="model_not_found")
+        prompt = await asyncio.to_thread(self.render, chat.messages)
+        sampling = chat.sampling(self._room(len(prompt), chat.max_new_tokens))
+        if self.config.log_prompts:
+            log.info("conversation: %s", json.dumps(chat.messages, ensure_ascii=False))
+        mailbox = _Mailbox(whole=not chat.stream)
+        reply = _Reply(self, chat, Job(self.engine.rows(prompt, chat.n, sampling), mailbox.deliver), caller)
+        self.engine.submit(reply.job)
+        if chat.stream:
+            return StreamingResponse(reply.stream(mailbox), headers=HEADERS, media_type="text/event-stream")
+        return await reply.whole(mailbox, request)
+
+    def render(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant speaks. Raises ApiError 400 where the template refuses it."""
+        try:
+            text = self.tokenizer.apply_chat_template(self.traits.adapt(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and may refuse by any exception
+            raise ApiError(400, f"the model's chat template refuses this conversation: {error}", param="messages") from error
+        return self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
+
+    def _room(self, prompt: int, wanted: int | None) -> int:
+        """How many tokens an answer may have. Raises ApiError 400 where prompt and answer do not fit into the window."""
+        if not prompt:
+            raise ApiError(400, "the conversation is empty: there is nothing to answer", param="messages")
+        window = self.engine.models.window
+        if window is None:
+            return wanted or self.config.max_new_tokens
+        if prompt + (wanted or 1) > window:
+            asked = f" and {wanted} for the answer" if wanted else ""
+            told = f"this model's window is {window} tokens; the conversation has {prompt}{asked}: shorten it"
+            raise ApiError(400, told, param="messages", code="context_length_exceeded")
+        return wanted or min(self.config.max_new_tokens, window - prompt)
+
+
+class _Mailbox:
+    """What the engine's thread says, heard on the event loop; of a `whole` answer only the ends of its rows."""
+
+    def __init__(self, *, whole: bool) -> None:
+        self.whole, self.loop = whole, asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Events] = asyncio.Queue()
+
+    def deliver(self, events: Events) -> None:
+        if self.whole and not isinstance(events, Exception):
+            events = [piece for piece in events if piece.finished]
+        if events:
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+                self.loop.call_soon_threadsafe(self.queue.put_nowait, events)
+
+    async def pieces(self) -> list[Piece]:
+        events = await self.queue.get()
+        if isinstance(events, Exception):
+            raise events
+        return events
+
+
+class _Reply:
+    """The reply to one request."""
+
+    def __init__(self, chat: Chat, asked: ChatRequest, job: Job, caller: Caller) -> None:
+        self.store, self.config, self.tokenizer, self.asked, self.job = chat.store, chat.config, chat.tokenizer, asked, job
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.created = time.time()
+        self.user = chat.store.user_key(caller.key, asked.user)
+
+    async def whole(self, mailbox: _Mailbox, request: Request) -> Response:
+        """All answers at once."""
+        gone = asyncio.ensure_future(_disconnected(request))
+        left = len(self.job.rows)
+        try:
+            while left:
+                pieces = await _unless(gone, mailbox.pieces)
+                left -= sum(piece.finished for piece in pieces)
+        finally:
+            gone.cancel()
+            self.job.cancel()
+        await self._store(self.job.rows)
+        choices = [
+            {
+                "index": row.index,
+                "answer_id": self._answer_id(row),
+                "message": {"role": "assistant", "content": row.text, "refusal": None},
+                "logprobs": self._logprobs(row, 0, len(row.tokens)),
+                "finish_reason": row.finish_reason,
+            }
+            for row in self.job.rows
+        ]
+        return json_response({**self._head("chat.completion"), "choices": choices, "usage": self._usage()})
+
+    async def stream(self, mailbox: _Mailbox) -> AsyncIterator[str]:
+        """Server-sent events, a chunk per step and answer; an error after the first one becomes an event, too."""
+        sent = [0] * len(self.job.rows)  # tokens of each answer that the client has heard of
+        left = len(sent)
+        try:
+            while left:
+                for piece in await mailbox.pieces():
+                    row = piece.row
+                    if not sent[row.index]:
+                        yield self._chunk(row, {"role": "assistant", "content": ""})
+                    shown = self._logprobs(row, sent[row.index], piece.count)
+                    sent[row.index] = piece.count
+                    if piece.text or shown:
+                        yield self._chunk(row, {"content": piece.text}, logprobs=shown)
+                    if piece.finished:
+                        left -= 1
+                        await self._store([row])
+                        yield self._chunk(row, {}, finish=row.finish_reason)
+            if self.asked.include_usage:
+                yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            known = as_api_error(error)
+            if known.status == 500:
+                log.error("unexpected %s: %s", type(error).__name__, error, exc_info=error)
+            yield _event(known.body)
+        finally:
+            self.job.cancel()
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": int(self.created), "model": self.config.model_name}
+        return {**head, "system_fingerprint": self.job.version}
+
+    def _chunk(self, row: Row, delta: dict[str, Any], *, logprobs: Any = None, finish: str | None = None) -> str:
+        choice = {"index": row.index, "answer_id": self._answer_id(row), "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        usage = {"usage": None} if self.asked.include_usage else {}
+        return _event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
+
+    def _answer_id(self, row: Row) -> str:
+        return self.id if len(self.job.rows) == 1 else f"{self.id}-{row.index}"
+
+    def _usage(self) -> dict[str, int]:
+        prompt, said = len(self.job.rows[0].prompt), sum(len(row.tokens) for row in self.job.rows)
+        return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+
+    def _logprobs(self, row: Row, start: int, end: int) -> dict[str, Any] | None:
+        if self.asked.top_logprobs is None:
+            return None
+
+        def entry(token: int, logp: float) -> dict[str, Any]:
+            text = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            return {"token": text, "logprob": max(logp, -9999.0), "bytes": None if "\ufffd" in text else list(text.encode())}
+
+        content = [
+            {**entry(one.token, one.logp), "top_logprobs": [entry(token, logp) for token, logp in one.top]} for one in row.shown[start:end]
+        ]
+        return {"content": content, "refusal": None}
+
+    async def _store(self, rows: list[Row]) -> None:
+        asked = self.asked
+        answers = [
+            Answer(
+                id=self._answer_id(row),
+                response=self.id,
+                messages=asked.messages,
+                prompt_ids=row.prompt,
+                text=row.text,
+                tokens=tuple(row.tokens),
+                logps=tuple(row.logps),
+                version=self.job.version,
+                user=self.user,
+                created=self.created,
+                finish_reason=row.finish_reason or "length",
+                sampling={"temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed, "index": row.index},
+            )
+            for row in rows
+        ]
+        await asyncio.wrap_future(self.store.add_answers_later(answers))
+        if self.config.log_prompts:
+            for answer in answers:
+                log.info("answer %s: %s", answer.id, json.dumps(answer.text, ensure_ascii=False))
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unless(gone: asyncio.Future[None], wait: Callable[[], Any]) -> list[Piece]:
+    """What `wait()` gives. Raises ClientGoneError when the client leaves before."""
+    waiting = asyncio.ensure_future(wait())
+    try:
+        await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise ClientGoneError
+        return waiting.result()
+    finally:
+        waiting.cancel()

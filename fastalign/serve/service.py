@@ -1,0 +1,170 @@
+"""`fastalign serve`: puts store, models and engine together, listens, and makes and revokes tokens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastalign.errors import ConfigError, DependencyError, ModelError
+from fastalign.models.config import ModelConfig
+from fastalign.serve.config import ServeConfig
+from fastalign.serve.store import Store
+
+if TYPE_CHECKING:
+    from fastalign.serve.engine import Engine
+
+log = logging.getLogger("fastalign")
+
+BASE = "base"  # the version that is the base model itself
+
+
+def serve(config: ServeConfig) -> None:
+    """Answer until SIGTERM or SIGINT; answers that are being given then are finished.
+
+    Raises ConfigError, ModelError, StoreError and DependencyError before anything is answered.
+    """
+    config.validate()
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise DependencyError("the service needs starlette and uvicorn: pip install 'fastalign[serve]'") from error
+    listener = _listen(config)
+    try:
+        app = build(config)
+        address = listener.getsockname()
+        place = f"[{address[0]}]" if ":" in address[0] else address[0]
+        log.info("%s answers at http://%s:%d (stop with Ctrl-C)", config.model_name, place, address[1])
+        options: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False, "lifespan": "on"}
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=config.grace, **options))
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def build(config: ServeConfig) -> Any:
+    """The ASGI application that `config` describes, with the live version loaded; it ends its threads when its lifespan ends."""
+    from fastalign.serve.api import create_app
+    from fastalign.serve.engine import Engine
+    from fastalign.serve.models import Models
+
+    store = Store(config.data, timeout=config.timeout)
+    try:
+        models = Models(ModelConfig(path=config.model, dtype=config.dtype, device=config.device))
+        engine = Engine(models, max_rows=config.max_rows, max_tokens=config.max_tokens, max_waiting=config.max_waiting)
+        try:
+            _go_live(config, store, engine)
+            if not config.open and not any(token.revoked is None for token in store.tokens()):
+                log.warning("no tokens yet, so nobody gets in: fastalign serve token add --data %s --role user", config.data)
+            return create_app(config, store, engine)
+        except BaseException:
+            engine.stop()
+            raise
+    except BaseException:
+        store.close()
+        raise
+
+
+def _go_live(config: ServeConfig, store: Store, engine: Engine) -> None:
+    """Answer with the live version of the database, which at first is the base model."""
+    folder = str(Path(config.model).resolve())
+    known = next((version for version in store.versions() if version.name == BASE), None)
+    if known is None:
+        store.add_version(BASE, folder)
+        store.promote(BASE)
+    elif known.folder != folder:
+        if Path(known.folder).is_dir():
+            raise ConfigError(f"{config.data} belongs to the model in {known.folder}, not to {folder}; give that, or another --data")
+        store.move_version(BASE, folder)
+    live = store.live_version()
+    assert live is not None
+    try:
+        engine.swap(live.name, live.folder, lambda: store.add_event("started", {"version": live.name}))
+    except ModelError as error:
+        raise ModelError(
+            f"version {live.name!r} is live in {config.data} but cannot be loaded: {error}; bring it back, or go back to the version "
+            f"before with fastalign serve rollback --data {config.data}"
+        ) from error
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """A socket at the address of `config`. Raises ConfigError where it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        told = error.strerror or str(error)
+        raise ConfigError(f"cannot listen on {config.host}:{config.port} ({told}); choose another --port or --host") from error
+    return listener
+
+
+@dataclass
+class TokenConfig:
+    """Makes, lists and revokes the tokens that let clients in. A new one is printed once and cannot be shown again."""
+
+    data: str = "feedback.db"  # database of the service
+    role: Literal["user", "operator"] = "user"  # of a new token; operators may also change versions
+    note: str = ""  # what a new token is for
+    id: str = ""  # the token to revoke
+
+
+@dataclass
+class RollbackConfig:
+    """Makes the version that was live before live again, in the database alone: for a service that does not run."""
+
+    data: str = "feedback.db"  # database of the service
+
+
+def token(action: str, config: TokenConfig) -> None:
+    """Carry out `fastalign serve token add|list|revoke` and print what came of it. Raises StoreError."""
+    if action != "add":
+        _must_exist(config.data)
+    if action == "revoke" and not config.id:
+        raise ConfigError("token revoke needs --id; fastalign serve token list shows the ids")
+    with Store(config.data) as store:
+        if action == "add":
+            made, secret = store.add_token(config.role, config.note)
+            log.info("token %s with the role %s; it is not shown again:", made.id, made.role)
+            print(secret)
+        elif action == "revoke":
+            store.revoke_token(config.id)
+            log.info("token %s is revoked", config.id)
+        else:
+            for one in store.tokens():
+                state = "revoked" if one.revoked is not None else "valid"
+                print(f"{one.id}  {one.role:8}  {state:7}  {time.strftime('%Y-%m-%d', time.gmtime(one.created))}  {one.note}")
+
+
+def command(words: Sequence[str]) -> int:
+    """`fastalign serve ...` after the first word."""
+    from fastalign.train.config import parse
+
+    words = list(words)
+    if words[:1] == ["token"]:
+        if words[1:2] not in (["add"], ["list"], ["revoke"]):
+            raise ConfigError("serve token needs add, list or revoke, as in fastalign serve token add --role operator")
+        token(words[1], parse(words[2:], TokenConfig))
+    elif words[:1] == ["rollback"]:
+        options = parse(words[1:], RollbackConfig)
+        _must_exist(options.data)
+        with Store(options.data) as store:
+            log.info("version %s is live now", store.roll_back(reason="by hand").name)
+    else:
+        serve(parse(words, ServeConfig))
+    return 0
+
+
+def _must_exist(data: str) -> None:
+    if not os.path.exists(data):
+        raise ConfigError(f"--data {data}: no such database; give the one of the service")

@@ -1,0 +1,206 @@
+"""The service under load and killed: no failed request, no answer of two versions, and every acknowledged feedback is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from service import Running, bare_answer, config_for, save_models
+
+from fastalign.serve.store import Store
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [[{"role": "user", "content": text}] for text in ("hello", "a longer question about the river", "stone")]
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def expected_answers(models: Path, tokenizer) -> dict[tuple[str, str], str]:
+    """(version, question) -> what Transformers and PEFT alone say."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for name in ("base", "one", "two"):
+        model = AutoModelForCausalLM.from_pretrained(models / "base").eval()
+        if name != "base":
+            model = PeftModel.from_pretrained(model, models / name)
+        for messages in PROMPTS:
+            found[name, messages[0]["content"]] = bare_answer(model, tokenizer, messages, TOKENS)
+    return found
+
+
+async def clients_and_swaps(running: Running, expected: dict, *, clients: int, rounds: int, seconds: float, swaps: int) -> dict[str, int]:
+    """So many clients at once ask and judge, `rounds` times and for `seconds` at least, while versions change; what was acknowledged."""
+    acknowledged: dict[str, tuple[int, float]] = {}
+    versions: set[str] = set()
+    answered = 0
+    deadline, busy = time.monotonic() + seconds, True
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=running.url, timeout=120, limits=limits) as http:
+
+        async def one(number: int) -> None:
+            nonlocal answered
+            done = 0
+            while done < rounds or time.monotonic() < deadline:
+                messages = PROMPTS[(number + done) % len(PROMPTS)]
+                body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": TOKENS, "stream": (number + done) % 2 == 0}
+                reply = await http.post("/v1/chat/completions", json=body)
+                assert reply.status_code == 200, reply.text
+                if body["stream"]:
+                    lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+                    assert lines[-1] == "[DONE]"
+                    chunks = [json.loads(line) for line in lines[:-1]]
+                    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+                    [version] = {chunk["system_fingerprint"] for chunk in chunks}
+                    answer = chunks[0]["id"]
+                else:
+                    content = reply.json()
+                    text, version, answer = content["choices"][0]["message"]["content"], content["system_fingerprint"], content["id"]
+                assert text == expected[version, messages[0]["content"]], f"not what version {version} says"
+                versions.add(version)
+                rating = number + done / 1000
+                kept = await http.post("/v1/feedback", json={"answer": answer, "rating": rating, "user": str(number)})
+                assert kept.status_code == 200, kept.text
+                acknowledged[answer] = (kept.json()["id"], rating)
+                answered += 1
+                done += 1
+
+        async def swap() -> int:
+            done = 0
+            while done < swaps or (busy and time.monotonic() < deadline):
+                reply = await http.post(f"/admin/versions/{('one', 'two', 'base')[done % 3]}/promote")
+                assert reply.status_code == 200, reply.text
+                done += 1
+                await asyncio.sleep(max(0.02, seconds / 60))
+            return done
+
+        changing = asyncio.ensure_future(swap())
+        await asyncio.gather(*(one(number) for number in range(clients)))
+        busy = False
+        changed = await changing
+    found = {f.answer: (f.id, f.value) for f in running.store.feedback(kind="rating")}
+    assert found == acknowledged and len(found) == answered  # nothing is lost, and nothing is made up
+    assert versions == {"base", "one", "two"}
+    for answer in running.store.answers():
+        assert answer.text == expected[answer.version, answer.messages[0]["content"]]
+    assert len(running.engine.models.adapters()) <= 1
+    return {"answered": answered, "swaps": changed}
+
+
+def load(models: Path, tmp_path: Path, **options) -> dict[str, int]:
+    with Running(config_for(models, tmp_path, open=True, max_rows=64, max_waiting=400)) as running:
+        for name in ("one", "two"):
+            running.store.add_version(name, models / name)
+        expected = expected_answers(models, running.engine.models.tokenizer)
+        assert len(set(expected.values())) == 9
+        return asyncio.run(clients_and_swaps(running, expected, **options))
+
+
+def test_two_hundred_clients_while_versions_change(models: Path, tmp_path: Path):
+    assert load(models, tmp_path, clients=200, rounds=2, seconds=0, swaps=12) == {"answered": 400, "swaps": 12}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_hundred_clients_for_five_minutes(models: Path, tmp_path: Path):
+    counts = load(models, tmp_path, clients=200, rounds=1, seconds=300, swaps=50)
+    print(counts)
+    assert counts["answered"] > 1000
+
+
+def start(models: Path, data: Path) -> tuple[subprocess.Popen, str]:
+    """The command itself, in a process of its own, and where it answers."""
+    command = [sys.executable, "-m", "fastalign", "serve", "--model", str(models / "base"), "--data", str(data), "--name", "tiny", "--open"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    options = ["--port", "0", "--rate", "1000000", "--concurrent", "1000"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stderr:
+        if found := re.search(r"answers at (http://\S+)", line):
+            break
+    else:
+        raise AssertionError(f"the service ended with {process.wait()}")
+    threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()  # a full pipe would stop it
+    deadline = time.time() + 30
+    while time.time() < deadline:
+        try:
+            assert httpx.get(f"{found[1]}/healthz").status_code == 200
+            return process, found[1]
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise AssertionError("the service does not answer")
+
+
+def kill_at_a_random_moment(models: Path, data: Path, seed: int) -> int:
+    """How many judgements were acknowledged by a service that is then killed; each of them is in the database."""
+    process, url = start(models, data)
+    acknowledged: dict[int, tuple[str, float]] = {}
+    answers = []
+    with httpx.Client(base_url=url, timeout=30) as http:
+        for messages in PROMPTS:
+            answers.append(http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, "max_tokens": 3}).json()["id"])
+
+    def judge(number: int) -> None:
+        with httpx.Client(base_url=url, timeout=30) as http:
+            for i in range(100_000):
+                answer, rating = answers[i % 3], seed * 1000 + i / 1000
+                try:
+                    reply = http.post("/v1/feedback", json={"answer": answer, "rating": rating, "user": f"{number} {i}"})
+                except httpx.TransportError:
+                    return
+                assert reply.status_code == 200, reply.text
+                acknowledged[reply.json()["id"]] = (answer, rating)
+
+    threads = [threading.Thread(target=judge, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(random.Random(seed).uniform(0.2, 1.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for thread in threads:
+        thread.join()
+    with Store(data) as store:
+        kept = {f.id: (f.answer, f.value) for f in store.feedback()}
+        assert acknowledged.items() <= kept.items()
+        assert store.database.read(lambda c: c.execute("PRAGMA integrity_check").fetchone()[0]) == "ok"
+        assert {a.id for a in store.answers()} >= set(answers)
+    return len(acknowledged)
+
+
+def test_a_killed_service_has_kept_what_it_acknowledged(models: Path, tmp_path: Path):
+    assert kill_at_a_random_moment(models, tmp_path / "feedback.db", 1) > 5
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(models: Path, tmp_path: Path):
+    counts = [kill_at_a_random_moment(models, tmp_path / "feedback.db", seed) for seed in range(2, 10)]  # one database for all
+    assert min(counts) > 5
+
+
+def test_sigterm_ends_the_command_after_the_answers_that_it_gives(models: Path, tmp_path: Path):
+    process, url = start(models, tmp_path / "feedback.db")
+    body = {"model": "tiny", "messages": PROMPTS[0], "max_tokens": 300, "temperature": 2, "stream": True, "seed": 3}
+    with httpx.Client(timeout=60) as http, http.stream("POST", f"{url}/v1/chat/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        first = next(lines)
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert "assistant" in first and rest[-1] == "data: [DONE]"
+    assert process.wait(30) in (0, -signal.SIGTERM)
+    with Store(tmp_path / "feedback.db") as store:
+        assert len(list(store.answers())) == 1
