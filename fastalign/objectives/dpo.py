@@ -32,7 +32,7 @@ from fastalign.objectives.pairs import (
     pair_loss,
     pair_metrics,
 )
-from fastalign.packing import batches
+from fastalign.packing import per_sample
 from fastalign.types import PackedBatch, Sample
 
 _COUPLED = ("aot", "aot_unpaired")
@@ -166,10 +166,12 @@ class DPO:
         self.coupled = any(name in _COUPLED for name, _ in config.losses)
         self.quantiles: dict[int, tuple[float, ...]] = {}
 
+    @property
+    def prepares(self) -> bool:
+        return self.coupled
+
     def prepare(self, samples: Sequence[Sample]) -> None:
         """The ranks of every pair among those of the step, for the losses that need them."""
-        if not self.coupled:
-            return
         logps, ref_logps = self._score(samples)
         ratios = logps - ref_logps
         gaps = matched(logps[:, 0] - logps[:, 1], ref_logps[:, 0] - ref_logps[:, 1])
@@ -236,12 +238,16 @@ class DPO:
 
     def _score(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """(P, 2) log-probs of the samples under the policy and the reference, without gradient."""
-        found = torch.empty(2, len(samples), 2, device=self.head.weight.device)
-        for members, packed in batches(samples, self.config.max_tokens, share=self.config.share_prompts):
-            batch = packed.to(found.device)
-            scored = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget, ld_alpha=self.config.ld_alpha)
-            found[0, members], found[1, members] = scored.view(-1, 2), self._ref_logps(batch).view(-1, 2)
-        return found[0], found[1]
+        config = self.config
+
+        def score(packed: PackedBatch) -> Tensor:
+            batch = packed.to(self.head.weight.device)
+            scored = sequence_logps(self.model, batch, head=self.head, budget=config.logits_budget, ld_alpha=config.ld_alpha)
+            return torch.stack([scored, self._ref_logps(batch)], dim=1)
+
+        found = per_sample(samples, config.max_tokens, score, rows=[2] * len(samples), share=config.share_prompts)
+        logps, ref_logps = torch.stack(found).unbind(2)
+        return logps, ref_logps
 
 
 def loss_function(name: str, config: DPOConfig) -> Any:

@@ -230,6 +230,7 @@ class _Run:
             idle = self.weights.idle(bins, ranks.index)
             before = checkpoint.rng_state()
             options: dict[str, Any] = {"device": self.device, "backward": backward, "share": share, "idle": idle}
+            options["whole"] = self.weights.whole
             try:
                 found = run_step(self.objective, own, samples=samples if ranks.size > 1 else None, **options)
             except torch.OutOfMemoryError:
