@@ -8,12 +8,13 @@ predict completions are as many and in the same order as without sharing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain, compress, pairwise, zip_longest
 
 import torch
 
 from fastalign.errors import ConfigError
+from fastalign.ranks import current
 from fastalign.types import IGNORE_INDEX, PackedBatch, Sample, SharedPrompts
 
 SHARE_FROM = 16  # tokens of a prompt from which sharing it saves more than the attention of one piece more costs
@@ -98,6 +99,30 @@ def batches(samples: Sequence[Sample], max_tokens: int, *, share: bool = False) 
     """All samples in packed batches of at most `max_tokens` tokens: the members of each, as indices into `samples`, and the batch."""
     for members in pack_samples(samples, max_tokens, share=share):
         yield members, collate([samples[i] for i in members], share=share)
+
+
+def per_sample(
+    samples: Sequence[Sample],
+    max_tokens: int,
+    score: Callable[[PackedBatch], torch.Tensor],
+    *,
+    rows: Sequence[int],
+    share: bool = False,
+) -> list[torch.Tensor]:
+    """What `score` says of each sample: of its result for a packed batch, whose tensors are on the CPU, the rows of the sample.
+
+    `rows` says how many each has. Every rank of a run scores its share of the batches, and all get everything.
+    """
+    bins, ranks = pack_samples(samples, max_tokens, share=share), current()
+
+    def of_bins(numbers: Sequence[int]) -> list[torch.Tensor]:
+        found = [score(collate([samples[i] for i in bins[k]], share=share)) for k in numbers]
+        return found if ranks.size == 1 else [values.cpu() for values in found]
+
+    parts: dict[int, torch.Tensor] = {}
+    for members, values in zip(bins, ranks.spread(len(bins), of_bins)):
+        parts.update(zip(members, values.split([rows[i] for i in members])))
+    return [parts[i] for i in range(len(samples))]
 
 
 def spared_tokens(samples: Sequence[Sample]) -> int:

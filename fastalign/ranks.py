@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -78,10 +78,12 @@ class Ranks:
         """Which of `count` equal pieces of work are this rank's."""
         return range(self.index, count, self.size)
 
-    def merged(self, values: Sequence[Value], count: int) -> list[Value]:
-        """All `count` values, from those that every rank found for its `share(count)`."""
+    def spread(self, count: int, work: Callable[[Sequence[int]], Sequence[Value]]) -> list[Value]:
+        """What `work` gives for each of `count` pieces, every rank doing its share of them; `work` gets their numbers."""
+        with self.together():
+            own = list(work(self.share(count)))
         found: list[Any] = [None] * count
-        for index, part in enumerate(self.gather(list(values))):
+        for index, part in enumerate(self.gather(own)):
             found[index :: self.size] = part
         return found
 
@@ -120,12 +122,13 @@ class _Several(Ranks):
         error: Exception | None = None
         try:
             yield
-        except RankError:  # of the block inside, which the others left alike
-            raise
         except Exception as own:
+            if isinstance(own, RankError) or hasattr(own, "told"):  # of a block inside, which the others left alike
+                raise
             error = own
         said = self.gather(None if error is None else _text(error))
         if error is not None:
+            error.told = True  # type: ignore[attr-defined]
             raise error
         for index, text in enumerate(said):
             if text is not None:

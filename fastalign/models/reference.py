@@ -31,7 +31,8 @@ from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.heads import HeadSpec, head_spec
 from fastalign.models.stream import LayerStream, host_copy
 from fastalign.models.trunk import evaluation, trunk
-from fastalign.packing import batches
+from fastalign.packing import per_sample
+from fastalign.ranks import current
 from fastalign.segments import segment_sum, shared_length_sum
 from fastalign.types import PackedBatch, Sample
 
@@ -171,7 +172,8 @@ class CopyReference:
         The soft update of Gorbatovski 2024 (TR-DPO), arXiv:2404.09656 eq. 3; alpha 1 is its hard one.
         """
         for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
-            own.mul_(1 - alpha).add_(other.to(own.device), alpha=alpha)
+            whole = other.full_tensor() if hasattr(other, "full_tensor") else other  # of several processes, each has some rows
+            own.mul_(1 - alpha).add_(whole.to(own.device, own.dtype), alpha=alpha)
 
 
 class StreamReference(CopyReference):
@@ -235,10 +237,12 @@ class CachedReference:
         key = _key(model, samples, data_fingerprint if ld_alpha is None else f"{data_fingerprint} ld_alpha {ld_alpha}")
         file = folder / f"{key[:32]}.safetensors"
         count = sum(len(sample.completions) for sample in samples)
-        logps = _read(file, key, count)
-        if logps is None:
+        logps, ranks = _read(file, key, count), current()
+        if ranks.any(logps is None):
             logps = _compute(model, samples, max_tokens, share, budget, ld_alpha)
-            _write(file, logps, {"key": key, "data": data_fingerprint, "sequences": str(count)})
+            if ranks.is_first:
+                _write(file, logps, {"key": key, "data": data_fingerprint, "sequences": str(count)})
+        assert logps is not None
         return cls(samples, logps)
 
     def logps(self, batch: PackedBatch) -> Tensor:
@@ -259,16 +263,15 @@ def _key(model: Any, samples: Sequence[Sample], data_fingerprint: str) -> str:
 
 def _compute(model: Any, samples: Sequence[Sample], max_tokens: int, share: bool, budget: int | None, ld_alpha: float | None) -> Tensor:
     device = next(model.parameters()).device
-    starts = (0, *accumulate(len(sample.completions) for sample in samples))
-    logps = torch.empty(starts[-1], dtype=torch.float32)
     off: AbstractContextManager[None] = reference_adapter(model) if has_adapter(model) else nullcontext()
     with off:
         head = head_spec(model)
-        for members, batch in batches(samples, max_tokens, share=share):
-            found = sequence_logps(model, batch.to(device), head=head, budget=budget, ld_alpha=ld_alpha).cpu()
-            places = [row for i in members for row in range(starts[i], starts[i + 1])]
-            logps[places] = found
-    return logps
+
+        def score(batch: PackedBatch) -> Tensor:
+            return sequence_logps(model, batch.to(device), head=head, budget=budget, ld_alpha=ld_alpha).cpu()
+
+        found = per_sample(samples, max_tokens, score, rows=[len(sample.completions) for sample in samples], share=share)
+    return torch.cat([*found, torch.empty(0)])
 
 
 def _read(file: Path, key: str, count: int) -> Tensor | None:

@@ -39,6 +39,10 @@ class Objective(Protocol):
 class Prepared(Protocol):
     """An objective whose loss couples all samples of a step."""
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` does anything with the options of the run."""
+
     def prepare(self, samples: Sequence[Sample]) -> None:
         """Called without gradient before the step's first micro-batch, with all its samples: what `loss` must know of the others."""
 

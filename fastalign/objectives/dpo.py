@@ -33,7 +33,7 @@ from fastalign.objectives.pairs import (
     pair_loss,
     pair_metrics,
 )
-from fastalign.packing import batches
+from fastalign.packing import per_sample
 from fastalign.types import PackedBatch, Sample
 
 _COUPLED = ("aot", "aot_unpaired")
@@ -193,10 +193,12 @@ class DPO:
         self.quantiles: dict[int, tuple[float, ...]] = {}
         self.shares: dict[int, tuple[float, ...]] = {}  # of a pair in the losses that couple the step, and its derivatives by two log-probs
 
+    @property
+    def prepares(self) -> bool:
+        return self.coupled
+
     def prepare(self, samples: Sequence[Sample]) -> None:
         """What the losses that couple the step know of every pair: its ranks among the others, or its share and derivatives."""
-        if not self.coupled:
-            return
         logps, ref_logps = self._score(samples)
         if self.joint:
             self.shares = {sample.index: tuple(row) for sample, row in zip(samples, self._joint_shares(samples, logps, ref_logps).tolist())}
@@ -286,12 +288,16 @@ class DPO:
 
     def _score(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """(P, 2) log-probs of the samples under the policy and the reference, without gradient."""
-        found = torch.empty(2, len(samples), 2, device=self.head.weight.device)
-        for members, packed in batches(samples, self.config.max_tokens, share=self.config.share_prompts):
-            batch = packed.to(found.device)
-            scored = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget, ld_alpha=self.config.ld_alpha)
-            found[0, members], found[1, members] = scored.view(-1, 2), self._ref_logps(batch).view(-1, 2)
-        return found[0], found[1]
+        config = self.config
+
+        def score(packed: PackedBatch) -> Tensor:
+            batch = packed.to(self.head.weight.device)
+            scored = sequence_logps(self.model, batch, head=self.head, budget=config.logits_budget, ld_alpha=config.ld_alpha)
+            return torch.stack([scored, self._ref_logps(batch)], dim=1)
+
+        found = per_sample(samples, config.max_tokens, score, rows=[2] * len(samples), share=config.share_prompts)
+        logps, ref_logps = torch.stack(found).unbind(2)
+        return logps, ref_logps
 
 
 def own_pair_loss(name: str, config: DPOConfig) -> own.OwnPairLoss:

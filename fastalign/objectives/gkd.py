@@ -22,7 +22,8 @@ from fastalign.objectives.base import Dataset
 from fastalign.objectives.distill import Distill, DistillConfig
 from fastalign.objectives.online import is_due
 from fastalign.packing import batches
-from fastalign.rollout.generate import Completion, generate
+from fastalign.rollout.engine import generate_by_ranks
+from fastalign.rollout.generate import Completion
 from fastalign.types import Sample
 
 _OF_ANSWERS = ("max_completion_length", "sampling_temperature", "completions_every", "generation_tokens")
@@ -170,7 +171,7 @@ class GKD(Distill):
 
     def _answers(self, writer: Any, prompts: Sequence[Sample], draw: int) -> list[Completion]:
         config = self.config
-        answers = generate(
+        answers = generate_by_ranks(
             writer,
             [_asked(sample) for sample in prompts],
             max_new_tokens=config.max_completion_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -228,13 +229,15 @@ class GRPO(Buffered):
         count = tokens if self.spec.aggregate is token_mean else len(counted if self.spec.aggregate is sequence_mean else self.answers)
         return {"count": max(1.0, float(count)), "tokens": max(1.0, tokens)}
 
+    @property
+    def prepares(self) -> bool:
+        return self.config.top_entropy_quantile < 1
+
     def prepare(self, samples: Sequence[Sample]) -> None:
         """Which tokens have a policy term: a quantile is known only when the entropies of all of the step's answers are.
 
         A mask rather than a bound is kept, so that a token at the bound is on one side of it, however `loss` is cut.
         """
-        if self.config.top_entropy_quantile == 1:
-            return
         assert self.rollouts is not None
         everything, bounds = self.rollout.samples(self.rollouts), self.rollouts.bounds
         counted = [i for i in self.answers if self._counts(self.rollouts, i)]
@@ -258,7 +261,7 @@ class GRPO(Buffered):
         high, bonus_tokens = None, denominators["tokens"]
         if self.high_entropy is not None:
             high = rollouts.of_tokens(self.high_entropy, batch.index).to(device)
-            bonus_tokens = max(1.0, float(self.high_entropy.sum()))
+            bonus_tokens = max(1.0, float(self.high_entropy.sum())) if math.isfinite(bonus_tokens) else bonus_tokens
         sums: dict[str, Tensor] = {}
 
         def loss_of_slab(out: HeadOutput, rows: slice) -> Tensor:

@@ -20,7 +20,7 @@ from fastalign.models.reference import CachedReference, Reference, build_referen
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.objectives.pairs import METRIC_OUTPUTS, Sums, add_aux_loss, add_sums
-from fastalign.packing import batches
+from fastalign.packing import per_sample
 from fastalign.segments import segment_sum, segments_in
 from fastalign.types import HeadOutput, PackedBatch, Sample
 
@@ -110,10 +110,13 @@ class KTO:
             if isinstance(reference, CachedReference):
                 self.mismatched_reference = build_reference(model, config, rows, folder)
 
+    @property
+    def prepares(self) -> bool:
+        return bool(self.mismatched)
+
     def prepare(self, samples: Sequence[Sample]) -> None:
         """The step's KL."""
-        if self.mismatched:
-            self.kl = self._estimate([self.mismatched[sample.index] for sample in samples])
+        self.kl = self._estimate([self.mismatched[sample.index] for sample in samples])
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
         counts = {"samples": float(len(samples)), "desirable": 0.0, "undesirable": 0.0, "chosen_tokens": 0.0, "rejected_tokens": 0.0}
@@ -179,16 +182,16 @@ class KTO:
     @torch.no_grad()
     def _estimate(self, rows: Sequence[Sample]) -> Tensor:
         """The KL from mismatched rows, a scalar; policy and reference score them in packs of their own."""
-        device, log_probs = self.head.weight.device, []
-        order: list[int] = []
-        for members, packed in batches(rows, self.config.max_tokens, share=self.config.share_prompts):
+        device = self.head.weight.device
+
+        def score(packed: PackedBatch) -> Tensor:
             batch = packed.to(device)
-            order += members
             policy = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget)
-            log_probs.append(torch.stack([policy, self.mismatched_reference.logps(batch)]))
-        counts = torch.tensor([rows[i].num_targets > 0 for i in order]).to(device)
-        logps, ref_logps = torch.cat(log_probs, dim=1)
-        return mismatched_kl(logps, ref_logps, counts)
+            return torch.stack([policy, self.mismatched_reference.logps(batch)], dim=1)
+
+        found = per_sample(rows, self.config.max_tokens, score, rows=[1] * len(rows), share=self.config.share_prompts)
+        logps, ref_logps = torch.cat(found).to(device).unbind(1)
+        return mismatched_kl(logps, ref_logps, torch.tensor([row.num_targets > 0 for row in rows]).to(device))
 
 
 def mismatch(samples: Sequence[Sample], longest: int) -> list[Sample]:

@@ -26,8 +26,9 @@ from fastalign.models.heads import head_spec
 from fastalign.models.reference import AdapterReference, CopyReference, StreamReference, token_logps
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.objectives.base import RunConfig
-from fastalign.packing import batches
-from fastalign.rollout.engine import Engine, Sampling, TransformersEngine
+from fastalign.packing import per_sample
+from fastalign.ranks import current
+from fastalign.rollout.engine import Engine, FirstRank, Sampling, TransformersEngine
 from fastalign.rollout.generate import Completion
 from fastalign.rollout.judges import as_text
 from fastalign.rollout.judging import JudgeConfig, JudgeReward, build_judge
@@ -132,7 +133,7 @@ class OnlineConfig(RunConfig):
     def make_engine(self, model: Any) -> Engine:
         """What answers prompts by the weights of `model`."""
         if self.engine == "vllm_server":
-            return VLLMServerEngine(model, self.vllm, output=self.output)
+            return FirstRank(VLLMServerEngine(model, self.vllm, output=self.output))
         return TransformersEngine(model, max_tokens=self.generation_tokens)
 
     def _require_judge(self) -> None:
@@ -420,7 +421,16 @@ class Rollout:
         return self.engine.generate([prompt.prompt for prompt in asked], self.sampling, seed=seed)
 
     def _rewards(self, asked: Sequence[Sample], done: Sequence[Completion]) -> Tensor:
-        """(B, F)"""
+        """(B, F); every rank of a run rewards its share of the groups, whole ones."""
+        size = self.config.num_generations
+
+        def of_groups(numbers: Sequence[int]) -> list[Tensor]:
+            own = [i for g in numbers for i in range(g * size, (g + 1) * size)]
+            return list(self._rewards_of([asked[i] for i in own], [done[i] for i in own]).split(size)) if own else []
+
+        return torch.cat(current().spread(len(asked) // size, of_groups))
+
+    def _rewards_of(self, asked: Sequence[Sample], done: Sequence[Completion]) -> Tensor:
         turns = [self.data.turns[prompt.index] for prompt in asked]
         texts = [self._text(c.tokens) for c in done]
         said = [text if isinstance(turn, str) else [{"role": "assistant", "content": text}] for text, turn in zip(texts, turns)]
@@ -431,12 +441,12 @@ class Rollout:
 
     def _score(self, samples: Sequence[Sample], logps: Callable[[PackedBatch], Tensor]) -> Tensor:
         """(T,) in the order of `samples`."""
-        device = next(self.model.parameters()).device
-        parts: dict[int, Tensor] = {}
-        for members, batch in batches(samples, self.config.max_tokens, share=self.config.share_prompts):
-            found = logps(batch.to(device)).float().cpu()
-            parts.update(zip(members, found.split([len(samples[i].completions[0]) for i in members])))
-        return torch.cat([parts[i] for i in range(len(samples))])
+        device, rows = next(self.model.parameters()).device, [len(sample.completions[0]) for sample in samples]
+
+        def score(batch: PackedBatch) -> Tensor:
+            return logps(batch.to(device)).float().cpu()
+
+        return torch.cat(per_sample(samples, self.config.max_tokens, score, rows=rows, share=self.config.share_prompts))
 
 
 def reward_functions(config: OnlineConfig, *, models: bool = True) -> list[Reward]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from fastalign.ranks import current
 from fastalign.rollout.generate import Completion, generate
 
 
@@ -49,4 +50,33 @@ class TransformersEngine:
         pass
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: Sequence[int]) -> list[Completion]:
-        return generate(self.model, prompts, seed=seed, max_tokens=self.max_tokens, **asdict(sampling))
+        return generate_by_ranks(self.model, prompts, seed=seed, max_tokens=self.max_tokens, **asdict(sampling))
+
+
+class FirstRank:
+    """An engine that the first process of a run alone talks to, for all."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def sync(self) -> None:
+        ranks = current()
+        with ranks.together():
+            if ranks.is_first:
+                self.engine.sync()
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: Sequence[int]) -> list[Completion]:
+        ranks, done = current(), list[Completion]()
+        with ranks.together():
+            if ranks.is_first:
+                done = self.engine.generate(prompts, sampling, seed=seed)
+        return ranks.gather(done)[0]
+
+
+def generate_by_ranks(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+    """`generate`, where every process of a run, each with the whole model, answers its share of the prompts."""
+
+    def answers(places: Sequence[int]) -> list[Completion]:
+        return generate(model, [prompts[i] for i in places], places=places, **options)
+
+    return current().spread(len(prompts), answers)

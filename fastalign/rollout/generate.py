@@ -36,12 +36,14 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int | Sequence[int] = 0,
+    places: Sequence[int] | None = None,
     max_tokens: int = 16384,
 ) -> list[Completion]:
     """One completion of each prompt, in the order of the prompts; a prompt that is there twice is sampled twice.
 
     temperature     0 takes the most probable token every time
     top_k, top_p, min_p     leave out improbable tokens, see `truncate`
+    places          of the prompts among those that `seed` is for; None: they are all
     max_tokens      of prompts and completions of one batch, padding included; bounds the cache
 
     Raises ConfigError for an option out of its range and for an empty prompt.
@@ -57,7 +59,9 @@ def generate(
     result: list[Completion | None] = [None] * len(prompts)
     with evaluation(model), stock_attention(model):
         for batch in _batches([len(p) for p in prompts], max_new_tokens, max_tokens):
-            uniforms = _uniforms(seed, batch, max_new_tokens).to(next(model.parameters()).device)
+            uniforms = _uniforms(seed, batch if places is None else [places[i] for i in batch], max_new_tokens).to(
+                next(model.parameters()).device
+            )
             sampler = _Sampler(uniforms, temperature, {"top_k": top_k, "top_p": top_p, "min_p": min_p})
             tokens = _run(model, [prompts[i] for i in batch], sampler, max_new_tokens, eos)
             logps = sampler.logps.cpu()

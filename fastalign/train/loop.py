@@ -232,7 +232,8 @@ class _Run:
             idle = self.weights.idle(bins, ranks.index)
             before = checkpoint.rng_state()
             options: dict[str, Any] = {
-                "device": self.device, "backward": backward, "share": share, "idle": idle, "before_last": before_last
+                "device": self.device, "backward": backward, "share": share, "idle": idle, "whole": self.weights.whole,
+                "before_last": before_last,
             }  # fmt: skip
             try:
                 found = run_step(self.objective, own, samples=samples if ranks.size > 1 else None, **options)

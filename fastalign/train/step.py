@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -135,6 +136,7 @@ def run_step(
     share: bool = False,
     samples: Sequence[Sample] | None = None,
     idle: Sequence[Sequence[Sample]] = (),
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     before_last: Callable[[Tensor], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Add the gradient of the loss of all samples to the weights, one bin at a time.
@@ -142,13 +144,13 @@ def run_step(
     `before_last` is called with the loss of the whole step before the backward of the last bin. Returns the metric sums, still on the
     device, and the denominators. None of it depends on how the samples are cut into bins, or on whether those of a bin share their
     prompts. Where other processes have bins of the step, too, `samples` are all of its samples, and `idle` are bins that this one runs
-    after its own for nothing, so that all processes run the layers equally often.
+    after its own for nothing, so that all processes run the layers equally often; inside of `whole` they need not.
     """
     if samples is None:
         samples = [sample for members in bins for sample in members]
     denominators = objective.denominators(samples)
-    if isinstance(objective, Prepared):
-        with torch.no_grad():
+    if isinstance(objective, Prepared) and objective.prepares:
+        with torch.no_grad(), whole():
             objective.prepare(samples)
     totals: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):

@@ -1,0 +1,230 @@
+"""Runs of a group of processes: `python -m torch.distributed.run --nproc_per_node N tests/train/group.py FOLDER TASK...`
+
+FOLDER is what `inputs` made. A task is a case, whose run goes to FOLDER/<processes>/<case>, or one of "whole: NAME: CASE", "stop: NAME:
+CASE", "resume: NAME: CASE" and "copy: NAME: OTHER", for runs of five steps at FOLDER/runs/NAME. The process of a test imports
+this file for the same runs by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import fastalign.train.loop
+from fastalign import train
+from fastalign.data.config import DataConfig, PromptDataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
+from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.objectives.base import RunConfig
+from fastalign.objectives.cpo import CPOConfig, SimPOConfig
+from fastalign.objectives.distill import DistillConfig, TeacherConfig
+from fastalign.objectives.dpo import DPOConfig
+from fastalign.objectives.gkd import GKDConfig
+from fastalign.objectives.grpo import GRPOConfig
+from fastalign.objectives.kto import KTOConfig
+from fastalign.objectives.online_dpo import OnlineDPOConfig
+from fastalign.objectives.orpo import ORPOConfig
+from fastalign.objectives.ppo import PPOConfig
+from fastalign.objectives.reinforce_pp import ReinforcePPConfig
+from fastalign.objectives.reward import RewardConfig
+from fastalign.objectives.rloo import RLOOConfig
+from fastalign.objectives.sft import SFTConfig
+from fastalign.ranks import ParallelConfig
+
+Make = Callable[[Path], tuple[type[RunConfig], dict[str, Any]]]
+LORA = LoraConfig(r=4, targets=["all-linear", "lm_head"])
+REWARDS = """
+def likes_o(completions, **columns):
+    return [text.count("o") / max(1, len(text)) for text in completions]
+"""
+
+
+def inputs(folder: Path) -> None:
+    """Models and data of all cases."""
+    from tiny import preference_rows, save_tiny
+
+    save_tiny(folder / "model", "qwen3", tie_word_embeddings=True)
+    save_tiny(folder / "untied", "llama", vocab_size=325)  # rows that two and four ranks cannot have equally many of
+    save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48, vocab_size=325)
+    save_tiny(folder / "half", "llama", dtype=torch.bfloat16)
+    pairs = preference_rows(24)
+    files: dict[str, list[dict[str, Any]]] = {
+        "pairs": pairs,
+        "completions": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
+        "singles": [{"prompt": row["prompt"], "completion": row["chosen"], "label": k % 3 != 1} for k, row in enumerate(pairs)],
+        "rankings": [
+            {"prompt": a["prompt"], "completions": [a["chosen"], a["rejected"], b["chosen"]], "ranks": [2, 1, 3]}
+            for a, b in pairwise(pairs)
+            if b["chosen"] not in (a["chosen"], a["rejected"])
+        ],
+        "prompts": [{"prompt": row["prompt"]} for row in pairs],
+    }
+    for name, content in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "rewards.py").write_text(REWARDS)
+
+
+def _online(f: Path, **options: Any) -> dict[str, Any]:
+    shared = {"rewards": [f"{f}/rewards.py:likes_o"], "batch_size": 3, "num_generations": 4, "max_completion_length": 8}
+    return {"data": PromptDataConfig(path=str(f / "prompts.jsonl")), **shared, **options}
+
+
+# Every algorithm, and of each what a division could get wrong. What all have in common is in `config`.
+CASES: dict[str, Make] = {
+    "sft": lambda f: (SFTConfig, {"data": SupervisedDataConfig(path=str(f / "completions.jsonl"), eval_fraction=0.2)}),
+    "sft, fewer samples than ranks": lambda f: (
+        SFTConfig,
+        {"data": SupervisedDataConfig(path=str(f / "completions.jsonl")), "batch_size": 1, "model": ModelConfig(path=str(f / "untied"))},
+    ),
+    "sft, checkpointing": lambda f: (
+        SFTConfig,
+        {
+            "data": SupervisedDataConfig(path=str(f / "completions.jsonl")),
+            "model": ModelConfig(path=str(f / "untied"), gradient_checkpointing=True),
+        },
+    ),
+    "reward": lambda f: (RewardConfig, {"data": RankedDataConfig(path=str(f / "pairs.jsonl"), eval_fraction=0.2), "lora": LoraConfig(r=4)}),
+    "dpo": lambda f: (DPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"), eval_fraction=0.2)}),
+    "dpo, adapter": lambda f: (
+        DPOConfig,
+        {"data": DataConfig(path=str(f / "pairs.jsonl")), "lora": LORA, "model": ModelConfig(path=str(f / "untied"))},
+    ),
+    "dpo, ranks and a reference that follows": lambda f: (
+        DPOConfig,
+        {
+            "data": DataConfig(path=str(f / "pairs.jsonl")),
+            "loss_type": ["sigmoid", "aot"],
+            "sync_ref_model": True,
+            "ref_model_sync_steps": 1,
+        },
+    ),
+    "distill": lambda f: (
+        DistillConfig,
+        {
+            "data": SupervisedDataConfig(path=str(f / "completions.jsonl")),
+            "teacher": TeacherConfig(path=str(f / "teacher")),
+            "model": ModelConfig(path=str(f / "untied")),
+        },
+    ),
+    "kto": lambda f: (KTOConfig, {"data": UnpairedDataConfig(path=str(f / "singles.jsonl"), eval_fraction=0.2), "lora": LORA}),
+    "kto, cached": lambda f: (KTOConfig, {"data": UnpairedDataConfig(path=str(f / "singles.jsonl"))}),
+    "dpo, half": lambda f: (
+        DPOConfig,
+        {"data": DataConfig(path=str(f / "pairs.jsonl")), "model": ModelConfig(path=str(f / "half")), "learning_rate": 1e-2},
+    ),
+    "orpo": lambda f: (ORPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
+    "cpo": lambda f: (CPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
+    "simpo": lambda f: (SimPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
+    "grpo": lambda f: (
+        GRPOConfig,
+        _online(f, beta=0.1, steps_per_generation=2, entropy_coef=0.01, top_entropy_quantile=0.5, temperature=0.8, refill=1),
+    ),
+    "rloo": lambda f: (RLOOConfig, _online(f, beta=0.1, lora=LORA, top_k=20)),
+    "reinforce_pp": lambda f: (ReinforcePPConfig, _online(f, beta=0.1)),
+    "ppo": lambda f: (PPOConfig, _online(f, beta=0.1)),
+    "ppo, adapter": lambda f: (PPOConfig, _online(f, beta=0.1, lora=LORA, critic="adapter")),
+    "online_dpo": lambda f: (OnlineDPOConfig, _online(f)),
+    "gkd": lambda f: (
+        GKDConfig,
+        {
+            "data": SupervisedDataConfig(path=str(f / "completions.jsonl"), eval_fraction=0.2),
+            "teacher": TeacherConfig(path=str(f / "teacher")),
+            "model": ModelConfig(path=str(f / "untied")),
+            "lmbda": 0.5,
+            "max_completion_length": 8,
+        },
+    ),
+}
+
+
+def config(folder: Path, case: str, output: Path, **options: Any) -> RunConfig:
+    """The run of a case; `case` may end with how it is divided, as in "dpo / optimizer" or "dpo / full 2"."""
+    name, _, division = case.partition(" / ")
+    make, own = CASES[name](folder)
+    shared = {"batch_size": 7, "max_tokens": 128, "learning_rate": 1e-3, "max_steps": 3, "model": ModelConfig(path=str(folder / "model"))}
+    made = make(output=str(output), **(shared | own | options))
+    shard, _, replicas = division.partition(" ")
+    if division and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        made.parallel = ParallelConfig(shard=shard, replicas=int(replicas or 1))  # type: ignore[arg-type]
+    return made
+
+
+def quiet() -> None:
+    """No report, no card: they have tests of their own."""
+    fastalign.train.loop.write_report = lambda *_, **__: None  # type: ignore[assignment]
+    fastalign.train.loop.write_card = lambda *_, **__: None  # type: ignore[assignment]
+    logging.getLogger("fastalign").setLevel(logging.ERROR)
+
+
+def place(folder: Path, case: str, processes: int) -> Path:
+    return folder / str(processes) / case.replace(" / ", "-").replace(" ", "_")
+
+
+def run(folder: Path, tasks: Sequence[str], processes: int) -> None:
+    for task in tasks:
+        what, *rest = task.split(": ")
+        if not rest:
+            train(config(folder, task, place(folder, task, processes)))
+        elif what == "copy":
+            if current_index() == 0:
+                shutil.copytree(folder / "runs" / rest[0], folder / "runs" / rest[1])
+            if processes > 1:
+                torch.distributed.barrier()
+        else:
+            name, case = rest
+            made = config(folder, case, folder / "runs" / name, max_steps=5)
+            ends = train(replace(made, resume=what == "resume"), callbacks=[stop_after_three(processes)] if what == "stop" else [])
+            assert (ends.interrupted, ends.step) == (("SIGTERM", 3) if what == "stop" else (None, 5))
+
+
+def current_index() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def stop_after_three(processes: int) -> Callable[[int, dict[str, float]], None]:
+    """Asks the last of the processes, and it alone, to stop."""
+
+    def stop(step: int, _: dict[str, float]) -> None:
+        if step == 3 and current_index() == processes - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop
+
+
+def keep_what_was_loaded() -> None:
+    """Before its first step, let every run write its weights and its optimizer's state to <run>/loaded-<rank>.safetensors."""
+    step = fastalign.train.loop._Run._step
+    seen: set[int] = set()
+
+    def first(run: Any) -> None:
+        if id(run) not in seen:
+            seen.add(id(run))
+            found = {name: run.weights.division.kept(p) for name, p in run.optimizer.named.items()} | run.optimizer.state()
+            found = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+            save_file(found, run.folder.path / f"loaded-{current_index()}.safetensors")
+        step(run)
+
+    fastalign.train.loop._Run._step = first  # type: ignore[method-assign]
+
+
+def main() -> None:
+    torch.distributed.init_process_group("gloo")  # once for all runs
+    quiet()
+    keep_what_was_loaded()
+    run(Path(sys.argv[1]), sys.argv[2:], int(os.environ["WORLD_SIZE"]))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

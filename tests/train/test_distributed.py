@@ -1,0 +1,248 @@
+"""Several processes make the steps that one makes: every algorithm, both ways to divide, checkpoints that go on elsewhere, and failures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from group import CASES, config, inputs, place, run
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fastalign.train.loop
+from fastalign import train
+from fastalign.cli import ALGORITHMS
+from fastalign.errors import ConfigError
+from fastalign.ranks import ParallelConfig
+from fastalign.train.checkpoint import load_tensors
+from fastalign.train.metrics import read_metrics
+from fastalign.train.step import deal, micro_batches
+from fastalign.types import Sample
+
+HERE = Path(__file__).parent
+SAME = [case for case in CASES if case != "dpo, half"]  # whose rounding in bfloat16 depends on how a step is cut, for one process, too
+TWO = [*SAME, "dpo / optimizer", "sft, fewer samples than ranks / optimizer", "grpo / optimizer", "dpo, adapter / full 2"]
+FOUR = [*SAME, *(f"{case} / full 2" for case in ("dpo", "dpo, adapter", "sft, fewer samples than ranks", "grpo")), "dpo / optimizer 2"]
+# The checkpoint at step 3 of every run here is continued where it was written, and elsewhere.
+RESUMED = {"a": "dpo, half / full", "b": "dpo, adapter / optimizer", "c": "ppo, adapter / full"}
+TOLERANCE = 2e-5  # of a weight, whose update at the rate of these runs is 1e-3 a step
+DIFFERENCES = ("rewards/", "kl", "objective/kl", "objective/non_score")  # of log-probs of some tens of nats in float32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("group")
+    inputs(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Callable[[str], Path]:
+    """Runs a case in this process, once, and returns its folder."""
+
+    def run_of(case: str) -> Path:
+        case = case.partition(" / ")[0]
+        output = place(folder, case, 1)
+        if not output.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("fastalign.train.loop.write_report", lambda *_, **__: None)
+                patch.setattr("fastalign.train.loop.write_card", lambda *_, **__: None)
+                train(config(folder, case, output))
+        return output
+
+    return run_of
+
+
+def torchrun(processes: int, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, **options)
+
+
+def group(folder: Path, processes: int, cases: Sequence[str]) -> None:
+    done = torchrun(processes, str(HERE / "group.py"), str(folder), *cases)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Path:
+    """What two processes make, in one start of them: all cases, and runs that stop and go on, those of one process among them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastalign.train.loop.write_report", lambda *_, **__: None)
+        patch.setattr("fastalign.train.loop.write_card", lambda *_, **__: None)
+        run(folder, [task for name in ("a", "b") for task in (f"stop: 1{name}: {RESUMED[name]}", f"copy: 1{name}: 1{name}-2")], 1)
+    tasks = [f"resume: 1{name}-2: {RESUMED[name]}" for name in ("a", "b")]
+    for name, case in RESUMED.items():
+        tasks += [f"whole: 2{name}-whole: {case}", f"stop: 2{name}: {case}", f"copy: 2{name}: 2{name}-1", f"copy: 2{name}: 2{name}-4"]
+        tasks += [f"copy: 2{name}: 2{name}-stopped", f"resume: 2{name}: {case}"]
+    group(folder, 2, [*TWO, *tasks])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path) -> Path:
+    group(folder, 4, FOUR)
+    return folder
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in (*(run / "final").glob("*.safetensors"), *run.glob("critic.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def check_same_steps(one: Path, several: Path, start: dict[str, Tensor] | None = None) -> None:
+    """Metrics and weights equal to rounding."""
+    expected, found = rows(one), rows(several)
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for row, other in zip(expected, found):
+        for name, value in row.items():
+            difference = any(name.removeprefix("eval_").startswith(start) for start in DIFFERENCES)
+            assert other[name] == pytest.approx(value, rel=1e-4 if difference else 2e-5, abs=5e-5 if difference else 1e-5), name
+    mine, theirs = weights(one), weights(several)
+    assert mine.keys() == theirs.keys() and mine
+    for name, weight in mine.items():
+        assert weight.dtype == theirs[name].dtype and (weight - theirs[name]).abs().max() <= TOLERANCE, name
+
+
+def test_the_cases_are_all_algorithms(folder: Path) -> None:
+    assert {config(folder, case, folder / "run").name for case in CASES} == set(ALGORITHMS)
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_two_processes_make_the_steps_of_one(two: Path, alone: Callable[[str], Path], case: str) -> None:
+    check_same_steps(alone(case), place(two, case, 2))
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_stopped_group_goes_on_bit_for_bit(two: Path, name: str) -> None:
+    whole, resumed = two / "runs" / f"2{name}-whole", two / "runs" / f"2{name}"
+    assert rows(resumed) == rows(whole)
+    expected, found = weights(whole), weights(resumed)
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def loaded(run_folder: Path, processes: int) -> dict[str, Tensor]:
+    """What the ranks had after loading, put together."""
+    parts = [load_file(run_folder / f"loaded-{index}.safetensors") for index in range(processes)]
+    return {name: torch.cat([part[name] for part in parts]) if value.ndim else value for name, value in parts[0].items()}
+
+
+def saved(run_folder: Path, step: int = 3) -> dict[str, Tensor]:
+    folder = run_folder / "checkpoints" / f"step-{step:06d}"
+    return load_tensors(folder, "weights") | load_tensors(folder, "optimizer")
+
+
+def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_group_continues_the_checkpoint_of_one_process(two: Path, name: str) -> None:
+    stopped, resumed = two / "runs" / f"1{name}", two / "runs" / f"1{name}-2"
+    check_equal(loaded(resumed, 2), saved(stopped))
+    assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_one_process_continues_the_checkpoint_of_a_group(two: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_folder = two / "runs" / f"2{name}-1"
+    checkpoint = run_folder / "checkpoints" / "step-000003"
+    assert {file.name for file in checkpoint.iterdir()} >= {f"weights-{i}-of-2.safetensors" for i in (1, 2)} | {"state.json"}
+    expected = saved(run_folder)
+    raw = [load_file(checkpoint / f"weights-{i}-of-2.safetensors") for i in (1, 2)]
+    assert all(torch.equal(torch.cat([part[key] for part in raw]), expected[key]) for key in raw[0])
+    seen: dict[str, Tensor] = {}
+    step = fastalign.train.loop._Run._step
+
+    def look(this: Any) -> None:
+        if not seen:
+            found = {**this.optimizer.named, **this.optimizer.state()}
+            seen.update({key: value.detach().clone() for key, value in found.items()})
+        step(this)
+
+    monkeypatch.setattr("fastalign.train.loop._Run._step", look)
+    monkeypatch.setattr("fastalign.train.loop.write_report", lambda *_, **__: None)
+    monkeypatch.setattr("fastalign.train.loop.write_card", lambda *_, **__: None)
+    run(two, [f"resume: 2{name}-1: {RESUMED[name]}"], 1)
+    check_equal(seen, expected)
+    if name != "a":
+        check_same_steps(two / "runs" / f"2{name}-whole", run_folder)
+
+
+@pytest.mark.slow
+def test_four_continue_the_checkpoints_of_two_and_two_those_of_four(two: Path) -> None:
+    group(two, 4, [f"resume: 2{name}-4: {case}" for name, case in RESUMED.items()])
+    group(two, 4, [f"stop: 4{name}: {case}" for name, case in RESUMED.items()])
+    for name in RESUMED:
+        check_equal(loaded(two / "runs" / f"2{name}-4", 4), saved(two / "runs" / f"2{name}-stopped"))
+    run(two, [f"copy: 4{name}: 4{name}-2" for name in RESUMED], 1)
+    group(two, 2, [f"resume: 4{name}-2: {case}" for name, case in RESUMED.items()])
+    for name in RESUMED:
+        check_equal(loaded(two / "runs" / f"4{name}-2", 2), saved(two / "runs" / f"4{name}"))
+        if name != "a":
+            check_same_steps(two / "runs" / f"2{name}-whole", two / "runs" / f"4{name}-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FOUR)
+def test_four_processes_make_the_steps_of_one(four: Path, alone: Callable[[str], Path], case: str) -> None:
+    check_same_steps(alone(case), place(four, case, 4))
+
+
+def test_the_comparison_notices_a_lost_share(folder: Path, alone: Callable[[str], Path], tmp_path: Path) -> None:
+    """A step of 7 pairs that trains on 6 of them is what a lost share would be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastalign.train.loop.write_report", lambda *_, **__: None)
+        train(config(folder, "dpo", tmp_path / "lost", batch_size=6))
+    with pytest.raises(AssertionError):
+        check_same_steps(alone("dpo"), tmp_path / "lost")
+
+
+def sample(index: int, tokens: int) -> Sample:
+    return Sample(index, (1,), ((2,) * (tokens - 1),))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_bins_are_dealt_once_each_within_the_budget_and_evenly(ranks: int) -> None:
+    samples = [sample(i, 5 + (37 * i) % 60) for i in range(40)]
+    dealt = deal(samples, 128, ranks)
+    assert sorted(s.index for own in dealt for members in own for s in members) == list(range(40))
+    assert max(sum(s.num_tokens for s in members) for own in dealt for members in own) <= 128
+    assert max(map(len, dealt)) == -(-len(micro_batches(samples, 128)) // ranks)
+    loads = [sum(s.num_tokens for members in own for s in members) for own in dealt]
+    assert max(loads) <= 1.15 * sum(loads) / ranks
+    if ranks == 1:
+        assert dealt == [micro_batches(samples, 128)]
+
+
+def test_a_step_with_fewer_samples_than_ranks_leaves_some_without() -> None:
+    assert deal([sample(0, 5), sample(1, 9)], 128, 4) == [[[sample(1, 9)]], [[sample(0, 5)]], [], []]
+
+
+def test_options_of_several_processes_are_not_ignored_by_one(folder: Path, tmp_path: Path) -> None:
+    made = config(folder, "dpo", tmp_path / "run")
+    made.parallel = ParallelConfig(shard="optimizer")
+    with pytest.raises(ConfigError, match="there is one; start with torchrun"):
+        train(made)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"parallel\.replicas 3 does not divide the 4 processes"):
+        ParallelConfig(replicas=3).check(4)
+    with pytest.raises(ConfigError, match=r"parallel\.shard must be full or optimizer"):
+        ParallelConfig(shard="some").validate()  # type: ignore[arg-type]
