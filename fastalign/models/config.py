@@ -30,6 +30,8 @@ class ModelConfig:
     """With gradient_checkpointing: the inputs of the layers wait in host memory."""
     mlp_chunk: int = 0
     """Tokens that go through the MLP of a layer at a time, the wide activations of the others being computed again; 0: all."""
+    liger_kernels: bool = False
+    """Liger's Triton kernels for norms, rotary embedding and gated MLPs (CUDA, `fastalign[liger]`)."""
     dropout: bool = False
     """Keep the model's own dropout (not that of LoRA); off, as for every preference loss, unless asked for."""
     trust_remote_code: bool = False

@@ -19,6 +19,7 @@ from fastalign.models.adapters import add_adapter, check_adapter_folder
 from fastalign.models.architecture import check_config, check_model
 from fastalign.models.checkpointing import enable_checkpointing
 from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.liger_kernels import install_liger_kernels
 from fastalign.models.quantization import keep_trainable, quantization_config
 from fastalign.models.sliced_mlp import slice_mlps
 from fastalign.models.trunk import causal_lm
@@ -82,6 +83,8 @@ def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task:
     if not options.dropout:
         _disable_dropout(causal)
     loaded.to(_device(options.device, loaded))
+    if options.liger_kernels and causal.device.type != "meta":  # without storage there is nothing to run
+        install_liger_kernels(loaded)
     if lora is not None and lora.enabled:
         loaded = add_adapter(loaded, lora, task)
     if options.mlp_chunk:

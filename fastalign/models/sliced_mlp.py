@@ -39,6 +39,8 @@ def slice_mlps(causal: Any, rows: int) -> None:
         mlps.append(mlp)
     _check_rows(mlps[0], causal)
     for mlp in mlps:
+        if "forward" in vars(mlp):  # that of Liger's kernels
+            mlp.own_forward = vars(mlp).pop("forward")
         own: Any = type(mlp)
         mlp.__class__ = _sliced_class(own)
         mlp.rows_at_once = rows
@@ -79,7 +81,7 @@ def _sliced_class(cls: Any) -> Any:
     """`cls` with a forward on slices. A class, not a method of the instance, so that copies of a model stay copies."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        whole = partial(cls.forward, self)
+        whole = vars(self).get("own_forward") or partial(cls.forward, self)
         if hidden_states.shape[-2] <= self.rows_at_once:
             return whole(hidden_states)
         kept: list[Any] = []

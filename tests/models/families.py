@@ -15,6 +15,7 @@ from fastalign.packing import collate
 from fastalign.types import PackedBatch, Sample
 
 TRAINABLE = [family for family in FAMILIES if family != "falcon_h1"]
+DENSE = [family for family in TRAINABLE if family not in ("mixtral", "qwen3_moe")]
 
 
 def tokens(n: int, generator: torch.Generator) -> tuple[int, ...]:
