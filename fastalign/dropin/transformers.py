@@ -25,7 +25,8 @@ def fused_loss(model: Any, *, budget: int | None = None, impl: str = "auto") -> 
     A forward with `labels` then returns the model's usual output with the same loss and `logits` of no rows, (B, 0, V): shifted by one,
     or to `shift_labels` as they are; the mean over labels that are not -100 (0 without any), or their sum over `num_items_in_batch`.
     Scales, softcaps, a LoRA on the head, the auxiliary loss of a mixture of experts and gradient checkpointing keep their part. Without
-    labels (`generate`) nothing changes. budget, impl: `linear_logps`. In evaluation there are no logits: `prediction_loss_only=True`.
+    labels (`generate`) nothing changes. Call it before `fully_shard`; a head in shards of its own is gathered once. budget, impl:
+    `linear_logps`. In evaluation there are no logits: `prediction_loss_only=True`.
 
     Raises ModelError and HeadMismatchError where the head operator cannot express the model's head (`head_spec`) or its logits cannot be
     left out, ConfigError when the loss is replaced already, and in a forward that asks for logits beside a loss.

@@ -1,6 +1,7 @@
 """The classes of liger-kernel under their names: its loss, its metrics and its gradients, from the head operator."""
 
 import math
+from inspect import Parameter, signature
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def assert_equal(mine, liger):
 def compare(name, call, options, hidden, weight, bias):
     mine = run(getattr(ours, name)(**options), call, hidden, weight, bias)
     assert_equal(mine, run(getattr(theirs, name)(**options, compiled=False), call, hidden, weight, bias))
+
+
+@pytest.mark.parametrize("name", ["DPO", "ORPO", "CPO", "SimPO", "KTO", "GRPO", "JSD"])
+@pytest.mark.parametrize("method", ["__init__", "forward"])
+def test_parameters_are_ligers(name, method):
+    """Same names, order and defaults; ours adds keyword-only ones at the end."""
+
+    def parameters(module):
+        found = signature(getattr(getattr(module, f"LigerFusedLinear{name}Loss"), method)).parameters.values()
+        return [(p.name, p.default) for p in found if p.kind is not Parameter.KEYWORD_ONLY]
+
+    assert parameters(ours) == parameters(theirs)
 
 
 @pytest.mark.parametrize("loss_type", LIGERS_DPO)
