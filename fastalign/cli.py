@@ -54,6 +54,7 @@ Trains language models on texts, preferences and rewards. Every command explains
   report RUN   write RUN/report.html and its curves again
   data check FILE   validate a data file and show rendered samples with the loss mask in colour
   data convert IN OUT   turn ratings, pairs, labels, rankings or edits into training data: --from ratings --to pairs
+  migrate TRAINER FILE   turn a config of TRL's into one of ours, and list what could not be carried over: migrate dpo trl.yaml
   serve        answer over HTTP (OpenAI's protocol and a page to chat with), and keep the answers and the feedback on them:
                --model DIR [--data feedback.db]; serve token add --role user makes a token
   demo         build a small model, train it on generated preferences and show before and after
@@ -113,7 +114,8 @@ def _dispatch(words: list[str]) -> int:
     if command in ALGORITHMS:
         return _train(command, rest)
     commands: dict[str, Callable[[list[str]], int]] = {
-        "eval": _eval, "label": _label, "plan": _plan, "report": _report, "data": _data, "serve": _serve, "demo": _demo,
+        "eval": _eval, "label": _label, "plan": _plan, "report": _report, "data": _data, "migrate": _migrate, "serve": _serve,
+        "demo": _demo,
     }  # fmt: skip
     if command not in commands:
         from fastalign.train.options import nearest
@@ -300,6 +302,21 @@ def _data_convert(argv: list[str]) -> int:
     config = parse([*given, *options], ConvertConfig)
     statistics = convert(config, progress=sys.stderr.isatty())
     print(f"{statistics.summary()}\n" + "\n".join(str(path) for path in (*config.outputs, config.page)))
+    return 0
+
+
+def _migrate(argv: list[str]) -> int:
+    from fastalign.train.config import parse
+    from fastalign.train.migrate import MigrateConfig, write
+
+    if _wants_help(argv):
+        return _print_help(MigrateConfig, "fastalign migrate TRAINER FILE [--output NEW.yaml] [--overwrite]")
+    names = [word for word in argv[:2] if not word.startswith("--")]
+    given = [word for option, name in zip(("--trainer", "--path"), names) for word in (option, name)]
+    config = parse([*given, *argv[len(names) :]], MigrateConfig)
+    config.validate()
+    module, class_name = ALGORITHMS[config.trainer]
+    print(f"{write(config, getattr(import_module(module), class_name)).report()}\n{config.target}")
     return 0
 
 

@@ -187,7 +187,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _read_yaml(path: Path, table: dict[str, Option]) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file maps, {} of an empty one. Raises ConfigError for a file that is no mapping, or has a key twice."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -202,6 +203,11 @@ def _read_yaml(path: Path, table: dict[str, Option]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected 'option: value' lines, got {kind_of(content)}; for example 'beta: 0.1'")
+    return content
+
+
+def _read_yaml(path: Path, table: dict[str, Option]) -> dict[str, Any]:
+    content = read_mapping(path)
     given: dict[str, Any] = {}
     for name, value in _flatten(content, table, path, ""):
         option = _find(name, table, f"{path}: option ")
