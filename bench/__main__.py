@@ -13,6 +13,7 @@ BENCHMARKS = {
     "ladder": ("bench.ladder", "the longest DPO pair that fits into fixed memory, on a CPU or a GPU, against TRL"),
     "costs": ("bench.costs", "what is paid beside the steps: unfilled bins, resuming, starting"),
     "plan": ("bench.plan", "the memory that fastalign plan predicts against what runs need, on a CPU"),
+    "serve": ("bench.serve", "what the service adds to bare generation, for one client and several"),
     "results": ("bench.results", "no benchmark: writes bench/RESULTS.md and the pages in bench/results/ anew from the CSV files there"),
 }
 

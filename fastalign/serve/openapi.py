@@ -47,7 +47,7 @@ def document(model: str, *, open_service: bool) -> dict[str, Any]:
 def _paths() -> dict[str, Any]:
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     completion = _answer("an answer, or with stream: true its chunks as server-sent events", _ref("Completion"))
-    completion["200"]["content"]["text/event-stream"] = {"schema": TEXT}
+    completion["200"]["content"]["text/event-stream"] = {"schema": {}}
     version = _answer("the version", _ref("Version"))
     return {
         "/v1/chat/completions": {"post": _operation("complete", "Answer a conversation", completion, _ref("ChatRequest"))},
