@@ -14,6 +14,7 @@ BENCHMARKS = {
     "patched": ("bench.patched", "TRL's trainers with and without the patch, on a CPU"),
     "costs": ("bench.costs", "what is paid beside the steps: unfilled bins, resuming, starting"),
     "plan": ("bench.plan", "the memory that fastalign plan predicts against what runs need, on a CPU"),
+    "serve": ("bench.serve", "what the service adds to bare generation, for one client and several"),
     "results": ("bench.results", "no benchmark: writes bench/RESULTS.md and the pages in bench/results/ anew from the CSV files there"),
 }
 

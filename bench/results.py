@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench import costs_page, head_page, ladder_page, patched_page, table, training_page
+from bench import costs_page, head_page, ladder_page, patched_page, serve_page, table, training_page
 from bench.costs_page import Cost
 from bench.head_rows import Row
 from bench.ladder_page import Rung
+from bench.serve_page import Latency
 from bench.training_rows import Measurement
 from bench.training_sides import TASKS
 
@@ -49,6 +50,10 @@ def pages(folder: Path) -> dict[Path, str]:
         costs = table.read(file, Cost)
         found[file.with_suffix(".md")] = costs_page.page(costs)
         lines += _section(file, costs_page.TITLE, [*table.facts(costs), "", *costs_page.section(costs)])
+    if (file := folder / "serve_cpu.csv").exists():
+        latencies = table.read(file, Latency)
+        found[file.with_suffix(".md")] = serve_page.page(latencies)
+        lines += _section(file, serve_page.TITLE, [*table.facts(latencies), "", *serve_page.section(latencies)])
     for file in sorted(folder.glob("head_*.csv")):
         rows = table.read(file, Row)
         found[file.with_suffix(".md")] = head_page.page(rows)

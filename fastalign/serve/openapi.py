@@ -38,16 +38,16 @@ def document(model: str, *, open_service: bool) -> dict[str, Any]:
             "version": __version__,
             "description": f"Chat with {model!r} by OpenAI's protocol, and feedback on its answers.",
         },
-        "paths": _paths(model),
-        "components": {"schemas": _schemas(), "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "paths": _paths(),
+        "components": {"schemas": _schemas(model), "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         **secured,
     }
 
 
-def _paths(model: str) -> dict[str, Any]:
+def _paths() -> dict[str, Any]:
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     completion = _answer("an answer, or with stream: true its chunks as server-sent events", _ref("Completion"))
-    completion["200"]["content"]["text/event-stream"] = {"schema": TEXT}
+    completion["200"]["content"]["text/event-stream"] = {"schema": {}}
     version = _answer("the version", _ref("Version"))
     return {
         "/v1/chat/completions": {"post": _operation("complete", "Answer a conversation", completion, _ref("ChatRequest"))},
@@ -83,7 +83,7 @@ def _paths(model: str) -> dict[str, Any]:
     }
 
 
-def _schemas() -> dict[str, Any]:
+def _schemas(model: str) -> dict[str, Any]:
     answer = {"type": "string", "minLength": 1, "maxLength": 128}
     part = _object(type={"const": "text"}, text=TEXT)
     message = _object(role={"enum": list(ROLES)}, content={"anyOf": [TEXT, {"type": "array", "items": part}]})
@@ -102,7 +102,7 @@ def _schemas() -> dict[str, Any]:
         "user": {"type": "string", "maxLength": 256},
     }
     feedback["oneOf"] = [{"required": [kind]} for kind in judged]
-    chat = _object(model=TEXT, messages={"type": "array", "items": message, "minItems": 1, "maxItems": MAX_MESSAGES})
+    chat = _object(model={"enum": [model]}, messages={"type": "array", "items": message, "minItems": 1, "maxItems": MAX_MESSAGES})
     chat["properties"] |= {
         "stream": {"type": "boolean"},
         "stream_options": _optional(include_usage={"type": "boolean"}),

@@ -86,4 +86,4 @@ def test_schemathesis_finds_no_server_error(running: Running):
             case.validate_response(reply, checks=[schemathesis.checks.not_a_server_error, *_conformance()])
 
         one()
-    assert statuses.get(200, 0) > 50 and sum(statuses.values()) > 500, statuses
+    assert statuses.get(200, 0) > 20 and sum(statuses.values()) > 500, statuses
