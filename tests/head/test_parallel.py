@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo import processes
 from problems import ALL_OUTPUTS, Problem, make
 from torch import Tensor
 
@@ -71,32 +67,6 @@ def find(case: str, index: int, size: int, known: bool) -> tuple[dict[str, Tenso
     leaves = {name: x for name, x in own.items() if x is not None and x.requires_grad}
     grads = torch.autograd.grad(problem.loss(out), list(leaves.values()))
     return {name: x.detach() for name, x in out._asdict().items()}, dict(zip(leaves, grads))
-
-
-def _work(job: Callable[..., Any], index: int, size: int, file: str, to: Any) -> None:
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{file}", rank=index, world_size=size, timeout=timedelta(seconds=60))
-        to.put((index, job(index, size), None))
-        dist.barrier()
-    except BaseException:
-        to.put((index, None, traceback.format_exc()))
-
-
-def processes(size: int, tmp_path: Path, job: Callable[[int, int], Any]) -> list[Any]:
-    """What `job(index, size)` returns on each process of a gloo group."""
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    group = [context.Process(target=_work, args=(job, i, size, str(tmp_path / "store"), queue)) for i in range(size)]
-    for process in group:
-        process.start()
-    found: list[Any] = [None] * size
-    for _ in group:
-        index, value, error = queue.get()
-        assert error is None, error
-        found[index] = value
-    for process in group:
-        process.join()
-    return found
 
 
 def numbers(values: dict[str, Tensor]) -> dict[str, Any]:
