@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign import __version__
-from fastalign.errors import ConfigError, FastalignError
+from fastalign.errors import ConfigError, FastalignError, RankError
 
 # Algorithm -> where its config dataclass lives. `fastalign NAME` trains with it.
 ALGORITHMS = {
@@ -65,7 +65,10 @@ Trains language models on texts, preferences and rewards. Every command explains
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0, 2 for an error that is explained on stderr, 130 when interrupted."""
+    """Run one command line and return its exit code: 0, 2 for an error that is explained on stderr, 130 when interrupted.
+
+    Of several processes that torchrun started, 3 for one that ends since another one failed.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -77,10 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(words)
         sys.stdout.flush()
         return code
+    except RankError as error:
+        print(f"{_speaker()}error: {error}", file=sys.stderr)
+        return 3
     except FastalignError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_speaker()}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -94,8 +100,19 @@ class _Messages(logging.Handler):
     """What the package logs, as plain lines on the stderr of the moment (a progress bar replaces it while it is drawn)."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if _rank() and record.levelno < logging.ERROR:  # the first process speaks for all
+            return
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr)
+        print(f"{_speaker()}{prefix}{record.getMessage()}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """The number of this process among those that torchrun started; 0 of one alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _speaker() -> str:
+    return f"rank {_rank()}: " if _rank() else ""
 
 
 def entry() -> None:
@@ -144,6 +161,8 @@ def _train(name: str, argv: list[str]) -> int:
     result = import_module("fastalign.train.loop").train(config)
     if result.interrupted:
         return 128 + int(signal.Signals[result.interrupted])
+    if _rank():
+        return 0
     from fastalign.train.metrics import summary
 
     for metrics in filter(None, (result.metrics, result.eval_metrics)):

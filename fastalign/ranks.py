@@ -148,7 +148,7 @@ class _Several(Ranks):
         with suppress(RuntimeError):
             if self.store.check([_FAILURE]):
                 reason = self.store.get(_FAILURE).decode()
-        return RankError(f"{reason}; the newest checkpoint is whole: continue with --resume")
+        return RankError(f"{reason}; continue with --resume, which takes the newest whole checkpoint")
 
 
 def current() -> Ranks:

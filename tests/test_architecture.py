@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ("errors", "types"),
-    ("segments", "packing", "ranks"),
+    ("ranks",),
+    ("segments", "packing"),
     ("head", "losses", "advantages", "attention"),
     ("models", "data"),
     ("rollout",),

@@ -98,8 +98,11 @@ class Call:
         """All rows of this call, over the tensors that autograd hands back."""
         return Operands(hidden, weight, self.target, bias, u, b, self.temperature, self.logit_scale, self.softcap)
 
-    def live_index(self) -> Tensor | None:
-        """(n,) rows with a target, or None for all of them; checks the targets where that costs no sync."""
+    def live_index(self, vocabulary: int | None = None) -> Tensor | None:
+        """(n,) rows with a target, or None for all of them; checks the targets where that costs no sync.
+
+        `vocabulary` counts the rows of the weight where those of this call are not all.
+        """
         target, live_rows = self.target, self.live_rows
         if live_rows == target.shape[0]:
             live = None
@@ -108,7 +111,7 @@ class Call:
         else:
             live = live_index(target, self.ignore_index)
         if target.device.type == "cpu":
-            vocabulary = self.tensors[1].shape[0]
+            vocabulary = self.tensors[1].shape[0] if vocabulary is None else vocabulary
             bad = (target != self.ignore_index) & ((target < 0) | (target >= vocabulary))
             if bad.any():
                 row = int(bad.nonzero()[0])

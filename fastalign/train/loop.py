@@ -273,7 +273,7 @@ class _Run:
 
     def _predict(self) -> None:
         """What the run will need, from its first steps; nothing where they are not known, or the model cannot run without storage."""
-        if isinstance(self.objective, Online):
+        if isinstance(self.objective, Online) or self.ranks.size > 1:
             return
         steps = range(self.progress.step, min(self.progress.step + 16, self.order.total_steps))
         limit = self.progress.max_tokens or self.config.max_tokens

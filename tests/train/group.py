@@ -152,7 +152,7 @@ def config(folder: Path, case: str, output: Path, **options: Any) -> RunConfig:
     """The run of a case; `case` may end with how it is divided, as in "dpo / optimizer" or "dpo / full 2"."""
     name, _, division = case.partition(" / ")
     make, own = CASES[name](folder)
-    shared = {"batch_size": 7, "max_tokens": 128, "learning_rate": 1e-3, "max_steps": 3, "model": ModelConfig(path=str(folder / "model"))}
+    shared = {"batch_size": 7, "max_tokens": 128, "learning_rate": 1e-3, "max_steps": 2, "model": ModelConfig(path=str(folder / "model"))}
     made = make(output=str(output), **(shared | own | options))
     shard, _, replicas = division.partition(" ")
     if division and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -183,8 +183,9 @@ def run(folder: Path, tasks: Sequence[str], processes: int) -> None:
                 torch.distributed.barrier()
         else:
             name, case = rest
-            made = config(folder, case, folder / "runs" / name, max_steps=5)
-            ends = train(replace(made, resume=what == "resume"), callbacks=[stop_after_three(processes)] if what == "stop" else [])
+            made = config(folder, case, folder / "runs" / name, max_steps=5, save_every=3)
+            callbacks = {"stop": [stop_after_three(processes)], "kill": [die], "fail": [fail]}.get(what, [])
+            ends = train(replace(made, resume=what == "resume"), callbacks=callbacks)
             assert (ends.interrupted, ends.step) == (("SIGTERM", 3) if what == "stop" else (None, 5))
 
 
@@ -200,6 +201,16 @@ def stop_after_three(processes: int) -> Callable[[int, dict[str, float]], None]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return stop
+
+
+def die(step: int, _: dict[str, float]) -> None:
+    if step == 4 and current_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(step: int, _: dict[str, float]) -> None:
+    if step == 4 and current_index() == 1:
+        raise ZeroDivisionError("of a test")
 
 
 def keep_what_was_loaded() -> None:

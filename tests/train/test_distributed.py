@@ -20,7 +20,7 @@ from fastalign import train
 from fastalign.cli import ALGORITHMS
 from fastalign.errors import ConfigError
 from fastalign.ranks import ParallelConfig
-from fastalign.train.checkpoint import load_tensors
+from fastalign.train.checkpoint import list_checkpoints, load_tensors
 from fastalign.train.metrics import read_metrics
 from fastalign.train.step import deal, micro_batches
 from fastalign.types import Sample
@@ -198,6 +198,20 @@ def test_four_continue_the_checkpoints_of_two_and_two_those_of_four(two: Path) -
         check_equal(loaded(two / "runs" / f"4{name}-2", 2), saved(two / "runs" / f"4{name}"))
         if name != "a":
             check_same_steps(two / "runs" / f"2{name}-whole", two / "runs" / f"4{name}-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["kill", "fail"])
+def test_a_process_that_ends_ends_the_run_with_its_reason_and_the_last_checkpoint_goes_on(two: Path, end: str) -> None:
+    case, name = RESUMED["b"], f"2b-{end}"
+    done = torchrun(2, str(HERE / "group.py"), str(two), f"{end}: {name}: {case}")
+    assert done.returncode != 0
+    reason = "rank 1 of 2 stopped: ZeroDivisionError: of a test" if end == "fail" else "another process ended without a word (killed"
+    assert f"RankError: {reason}" in done.stderr
+    assert [path.name for path in list_checkpoints(two / "runs" / name / "checkpoints")] == ["step-000003"]
+    group(two, 2, [f"resume: {name}: {case}"])
+    assert rows(two / "runs" / name) == rows(two / "runs" / "2b-whole")
+    check_equal(weights(two / "runs" / name), weights(two / "runs" / "2b-whole"))
 
 
 @pytest.mark.slow
