@@ -16,7 +16,7 @@ def answer_from_rows(objective: Any, generations: list[int]) -> None:
 
     The tokens of every generation, those of a prompt once per answer, are added to `generations`.
     """
-    from fastalign.objectives.online import Rollouts
+    from fastalign.objectives.rollouts import Rollouts
 
     columns = objective.rollout.data.columns
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,15 +14,14 @@ from fastalign.data.config import PromptDataConfig, SupervisedDataConfig
 from fastalign.data.prompts import Prompts, load_prompts
 from fastalign.data.samples import Samples
 from fastalign.data.supervised import load_supervised
-from fastalign.data.tokenizer import context_window
 from fastalign.errors import ConfigError
 from fastalign.models.load import load_model
 from fastalign.models.trunk import evaluation
+from fastalign.objectives.answers import AnswerConfig, is_due
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.distill import Distill, DistillConfig
-from fastalign.objectives.online import is_due
 from fastalign.packing import batches
-from fastalign.rollout.engine import generate_by_ranks
+from fastalign.rollout.engine import Engine, Sampling, TransformersEngine
 from fastalign.rollout.generate import Completion
 from fastalign.types import Sample
 
@@ -30,7 +29,7 @@ _OF_ANSWERS = ("max_completion_length", "sampling_temperature", "completions_eve
 
 
 @dataclass
-class GKDConfig(DistillConfig):
+class GKDConfig(AnswerConfig, DistillConfig):
     """On-policy distillation (GKD): a model learns a frozen teacher's distributions, in part or always on answers of its own."""
 
     name: ClassVar[str] = "gkd"
@@ -44,17 +43,17 @@ class GKDConfig(DistillConfig):
     """Those others take the teacher's answers; the data is prompts alone."""
     sampling_temperature: float = 1.0
     """Of the answers; that of the divergence is `temperature`."""
-    max_completion_length: int = 256
-    """Longest answer, in tokens."""
-    completions_every: int = 10
-    """Steps between samples of answers in completions.jsonl; 0: none."""
-    generation_tokens: int = 16384
-    """Prompt and answer tokens that are generated together; bounds the memory of the cache."""
+    data: SupervisedDataConfig = field(default_factory=SupervisedDataConfig)
 
     @property
     def prompts_only(self) -> bool:
         """Whether no completion of the data is ever trained on."""
         return self.lmbda == 1 or self.seq_kd
+
+    @property
+    def generates_itself(self) -> bool:
+        """A teacher always does."""
+        return super().generates_itself or self.seq_kd
 
     def validate(self) -> None:
         super().validate()
@@ -64,9 +63,7 @@ class GKDConfig(DistillConfig):
         for option in _OF_ANSWERS:
             self._require_use(option, self.lmbda > 0 or self.seq_kd, "answers: lmbda above 0, or seq_kd")
         self._require("sampling_temperature", 0 < self.sampling_temperature < float("inf"), "positive and finite")
-        self._require("completions_every", self.completions_every >= 0, "0 or more")
-        for option in ("max_completion_length", "generation_tokens"):
-            self._require(option, getattr(self, option) >= 1, "at least 1")
+        self._require_use("engine", self.lmbda > 0, "answers of the model's own: lmbda above 0")
         if self.prompts_only:
             for option in ("completion_only", "assistant_only"):
                 if getattr(self.data, option):
@@ -80,6 +77,8 @@ class GKDConfig(DistillConfig):
         else:
             loaded = load_supervised(self.data, tokenizer, vocab_size=vocab_size)
             data = Prompts(**{f.name: getattr(loaded, f.name) for f in fields(Samples)}, tokenizer=tokenizer)
+        if self.lmbda:
+            self.check_engine()
         if self.lmbda or self.seq_kd:
             self._check_prompts([*data.samples, *data.eval_samples])
         return data
@@ -96,16 +95,7 @@ class GKDConfig(DistillConfig):
                 "--data.assistant_only, or train on texts with --lmbda 0"
             )
         longest = max(samples, key=lambda sample: len(_asked(sample)))
-        needed, window = len(_asked(longest)) + self.max_completion_length, context_window(self.model.path)
-        for limit, what, remedy in (
-            (self.max_tokens, "max_tokens", f"set --max_tokens {needed} or more, or a smaller --max_completion_length"),
-            (window, "the model's window of", "set a smaller --max_completion_length"),
-        ):
-            if limit is not None and needed > limit:
-                raise ConfigError(
-                    f"{what} {limit} tokens is less than the longest prompt (row {longest.index}, {len(_asked(longest))} tokens) and the "
-                    f"longest answer ({self.max_completion_length}) together; {remedy}"
-                )
+        self._require_room(longest.index, len(_asked(longest)))
 
 
 class GKD(Distill):
@@ -127,6 +117,9 @@ class GKD(Distill):
     def __init__(self, config: GKDConfig, model: Any, teacher: Any, tokenizer: Any) -> None:
         super().__init__(config, model, teacher)
         self.config, self.tokenizer = config, tokenizer
+        self.engine: Engine = config.make_engine(model)
+        self.teachers: Engine = TransformersEngine(teacher, max_tokens=config.generation_tokens)
+        self.sampling = Sampling(config.max_completion_length, tokenizer.eos_token_id, temperature=config.sampling_temperature)
         self.asked: Sequence[Sample] = ()
         self.answers: list[Completion] = []  # of this step, in the order of `asked`; none of a step on the data
         self.on_policy = False
@@ -137,7 +130,7 @@ class GKD(Distill):
         self.asked, self.answers = prompts, []
         if not self.on_policy and not config.seq_kd:
             return prompts
-        self.answers = self._answers(self.model if self.on_policy else self.teacher, prompts, 1 + step)
+        self.answers = self._answers(self.engine if self.on_policy else self.teachers, prompts, 1 + step)
         return _answered(prompts, self.answers)
 
     def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
@@ -165,21 +158,13 @@ class GKD(Distill):
         found = {} if self.config.prompts_only else self._measure(prompts)
         if found and not self.config.lmbda:
             return found
-        answers = self._answers(self.model, prompts, 0)
+        answers = self._answers(self.engine, prompts, 0)
         own = self._measure(_answered(prompts, answers))
         return found | {f"on_policy/{name}": value for name, value in own.items()} | _lengths(answers)
 
-    def _answers(self, writer: Any, prompts: Sequence[Sample], draw: int) -> list[Completion]:
-        config = self.config
-        answers = generate_by_ranks(
-            writer,
-            [_asked(sample) for sample in prompts],
-            max_new_tokens=config.max_completion_length,
-            eos_token_id=self.tokenizer.eos_token_id,
-            temperature=config.sampling_temperature,
-            seed=(config.seed, draw),
-            max_tokens=config.generation_tokens,
-        )
+    def _answers(self, engine: Engine, prompts: Sequence[Sample], draw: int) -> list[Completion]:
+        engine.sync()
+        answers = engine.generate([_asked(sample) for sample in prompts], self.sampling, seed=(self.config.seed, draw))
         return [_before(answer, len(self.head.weight)) for answer in answers]
 
     def _measure(self, samples: Sequence[Sample]) -> dict[str, float]:

@@ -21,8 +21,9 @@ from fastalign.losses.weights import importance_weights, off_policy_mask, sampli
 from fastalign.models.trunk import trunk
 from fastalign.objectives import own
 from fastalign.objectives.base import Dataset
-from fastalign.objectives.online import Buffered, OnlineConfig, Rollout, Rollouts
+from fastalign.objectives.online import OnlineConfig
 from fastalign.objectives.pairs import add_sums
+from fastalign.objectives.rollouts import Buffered, Rollout, Rollouts
 from fastalign.segments import segments_in
 from fastalign.types import HeadOutput, PackedBatch, Sample
 
@@ -188,7 +189,6 @@ class GRPO(Buffered):
         self.entropy_coef, self.options = config.entropy_coef, loss_options(config)
         self.outputs = ("logps", "entropy") if config.metrics == "full" or self.entropy_coef else ("logps",)
         self.high_entropy: Tensor | None = None  # (T,) bool, the tokens of this step that have a policy term; None: all
-        self.answers: list[int] = []  # of this step, the places of all its answers in the rollouts
 
     @staticmethod
     def needs_logps(config: GRPOConfig) -> bool:
@@ -210,8 +210,7 @@ class GRPO(Buffered):
             weight = torch.tensor([self.rollout.prompt_of[index].weight for index in self.rollouts.prompts.tolist()])
             self.rollouts.advantages = self.rollouts.weighted(self.advantages(self.rollouts), weight)
         assert self.rollouts is not None
-        groups, size = config.groups_of(step, len(prompts)), config.num_generations
-        self.answers = list(range(groups.start * size, groups.stop * size))
+        self.answers = self._answers_of(step, len(prompts))
         samples, rollouts = self.rollout.samples(self.rollouts), self.rollouts
         trained = [i for i in self.answers if self._counts(rollouts, i)]
         if not (self.kl_coef or self.entropy_coef):
@@ -367,13 +366,3 @@ class GRPO(Buffered):
         """Over the tokens of the generation that count."""
         counted = self.counted(rollouts)
         return float(self.penalties(rollouts)[counted].sum() / counted.sum().clamp(min=1))
-
-    def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
-        return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0)))
-
-    def shown(self, step: int) -> list[dict[str, Any]]:
-        """Four answers of the step, no more than two of them to one prompt, when answers are due."""
-        if not self._is_shown(step):
-            return []
-        assert self.rollouts is not None
-        return self.rollout.shown(self.rollouts, [i for i in self.answers if i % self.config.num_generations < 2][:4])

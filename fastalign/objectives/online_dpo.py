@@ -15,7 +15,8 @@ from fastalign.data.prompts import Prompts
 from fastalign.errors import ConfigError
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.dpo import DPO, DPOConfig, loss_function
-from fastalign.objectives.online import ALIKE, Buffered, OnlineConfig, Rollout, Rollouts
+from fastalign.objectives.online import OnlineConfig
+from fastalign.objectives.rollouts import ALIKE, Buffered, Rollout, Rollouts
 from fastalign.packing import packed_tokens
 from fastalign.rollout.rewards import Reward, Rewards
 from fastalign.types import PackedBatch, Sample

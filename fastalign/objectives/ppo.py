@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,9 +20,10 @@ from fastalign.models.critic import add_critic, value_head
 from fastalign.models.reference import token_logps
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.objectives.base import Dataset
-from fastalign.objectives.online import OnlineConfig, Rollout, Rollouts, is_due
+from fastalign.objectives.online import OnlineConfig
 from fastalign.objectives.pairs import add_sums
-from fastalign.segments import segment_expand, segment_mean, segment_sum
+from fastalign.objectives.rollouts import Buffered, Rollout, Rollouts
+from fastalign.segments import segment_expand, segment_sum
 from fastalign.types import HeadOutput, PackedBatch, Sample
 
 
@@ -99,33 +100,6 @@ class TokenRewards(NamedTuple):
     counts: Tensor  # (B,) bool, answers that are trained on
 
 
-@dataclass
-class Estimates:
-    """What the critic said of a generation's states, and what follows from it. (T,) float32, on the CPU."""
-
-    values: Tensor  # of the state before each token
-    returns: Tensor
-    advantages: Tensor  # whitened
-
-
-class Generation(NamedTuple):
-    """Everything that is known of a generation's answers."""
-
-    rollouts: Rollouts
-    earned: TokenRewards
-    estimates: Estimates
-
-    @property
-    def boundaries(self) -> Tensor:
-        """(B+1,) int32"""
-        return self.rollouts.boundaries
-
-    @property
-    def counted(self) -> Tensor:
-        """(T,) bool, tokens of answers that count."""
-        return self.earned.counts.repeat_interleave(self.rollouts.lengths)
-
-
 def token_rewards(config: PPOConfig, rollouts: Rollouts, totals: Tensor) -> TokenRewards:
     """Stiennon 2020, arXiv:2009.01325: -beta KL_t for every token, and the score of the answer, `totals` (B,), for its last one.
 
@@ -143,27 +117,12 @@ def token_rewards(config: PPOConfig, rollouts: Rollouts, totals: Tensor) -> Toke
         kl = KL_ESTIMATES[config.kl_estimator](rollouts.logps, rollouts.ref_logps)
     rewards = -config.beta * kl
     rewards[rollouts.lengths.cumsum(0) - 1] += scores.nan_to_num(0.0)
-    mask = counts.repeat_interleave(rollouts.lengths)
     if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
+        rewards = whiten(rewards, rollouts.token_mask(counts), shift_mean=False)
     return TokenRewards(rewards, kl, scores, counts)
 
 
-def estimate(config: PPOConfig, rollouts: Rollouts, earned: TokenRewards, values: Tensor) -> Estimates:
-    """Advantages and returns from the critic's `values` (T,); the advantages are whitened over the tokens of answers that count."""
-    advantages, returns = gae(earned.rewards, values, rollouts.boundaries, gamma=config.gamma, lam=config.lam)
-    return Estimates(values, returns, whiten(advantages, earned.counts.repeat_interleave(rollouts.lengths)))
-
-
-class _Rollout(Rollout):
-    """Looks at answers in micro-batches, for whatever a critic makes of them."""
-
-    def per_token(self, rollouts: Rollouts, found: Callable[[PackedBatch], Tensor]) -> Tensor:
-        """(T, ...) what `found` says of the scored tokens of a batch, for all answers."""
-        return self._score(self.samples(rollouts), found)
-
-
-class PPO:
+class PPO(Buffered):
     """loss = mean over the step's tokens of (clipped policy loss + vf_coef * clipped value loss). Schulman 2017, arXiv:1707.06347 eq. 9.
 
     As in TRL 1.12's PPOTrainer, but for where the score is paid (see `token_rewards`), and for means that are those of the
@@ -172,32 +131,36 @@ class PPO:
     generation, the others of the tokens that were trained on.
     """
 
+    config: PPOConfig
+
     def __init__(self, config: PPOConfig, model: Any, data: Prompts) -> None:
         self.config, self.model = config, model
-        self.rollout = _Rollout(config, model, data, needs_logps=False)  # they come with the values
+        self.rollout = Rollout(config, model, data, needs_logps=False)  # they come with the values
         self.head, self.value = self.rollout.head, value_head(model)
         self.outputs = ("logps", "entropy") if config.metrics == "full" else ("logps",)
-        self.drawn: Generation | None = None
-        self.generation = -1
-        self.answers: list[int] = []  # of this step, the places of all its answers in the rollouts
+        self.earned: TokenRewards | None = None  # by the answers of the generation, of which they follow
 
     def samples(self, step: int, prompts: Sequence[Sample]) -> Sequence[Sample]:
-        config = self.config
-        generation = step // config.steps_per_draw
-        if self.drawn is None or self.generation != generation:
-            self.drawn, self.generation = self._generate(prompts, generation), generation
-        groups, size = config.groups_of(step, len(prompts)), config.num_generations
-        self.answers = list(range(groups.start * size, groups.stop * size))
-        samples, counts = self.rollout.samples(self.drawn.rollouts), self.drawn.earned.counts
-        return [samples[i] for i in self.answers if counts[i]] or [samples[self.answers[0]]]
+        if (generation := self._begin(step)) is not None:
+            self.rollouts = self._generate(prompts, generation)
+        assert self.rollouts is not None
+        self.earned = self._earned(self.rollouts)
+        self.answers = self._answers_of(step, len(prompts))
+        samples = self.rollout.samples(self.rollouts)
+        return [samples[i] for i in self.answers if self.earned.counts[i]] or [samples[self.answers[0]]]
 
-    def _generate(self, prompts: Sequence[Sample], generation: int) -> Generation:
-        rollouts = self.rollout.roll(prompts, (self.config.seed, 1 + generation))
-        rollouts.logps, values = (x.contiguous() for x in self.rollout.per_token(rollouts, self._look).unbind(1))
-        earned = token_rewards(self.config, rollouts, self.rollout.total(rollouts.rewards))
-        estimates = estimate(self.config, rollouts, earned, values)
-        rollouts.advantages = segment_mean(estimates.advantages, rollouts.boundaries)  # as shown to a reader
-        return Generation(rollouts, earned, estimates)
+    def _generate(self, prompts: Sequence[Sample], generation: int) -> Rollouts:
+        """With the critic's values, and advantages of tokens, which are whitened over those of answers that count."""
+        config, rollouts = self.config, self.rollout.roll(prompts, (self.config.seed, 1 + generation))
+        found = self.rollout.scored(self.rollout.samples(rollouts), self._look)
+        rollouts.logps, rollouts.values = (x.contiguous() for x in found.unbind(1))
+        earned = self._earned(rollouts)
+        advantages, rollouts.returns = gae(earned.rewards, rollouts.values, rollouts.boundaries, gamma=config.gamma, lam=config.lam)
+        rollouts.advantages = whiten(advantages, rollouts.token_mask(earned.counts))
+        return rollouts
+
+    def _earned(self, rollouts: Rollouts) -> TokenRewards:
+        return token_rewards(self.config, rollouts, self.rollout.total(rollouts.rewards))
 
     def _look(self, batch: PackedBatch) -> Tensor:
         """(L, 2) log-probs and values of the scored tokens, from one forward where the trunk is shared."""
@@ -212,14 +175,14 @@ class PPO:
             return torch.stack((logps, self.value(hidden)), 1)
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
-        assert self.drawn is not None
-        lengths, counts = self.drawn.rollouts.lengths, self.drawn.earned.counts
-        return {"tokens": max(1.0, float((lengths * counts)[self.answers].sum()))}
+        assert self.rollouts is not None and self.earned is not None
+        return {"tokens": max(1.0, float((self.rollouts.lengths * self.earned.counts)[self.answers].sum()))}
 
     def loss(self, batch: PackedBatch, denominators: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self.drawn is not None
+        assert self.rollouts is not None and self.earned is not None
         config, tokens, length = self.config, denominators["tokens"], batch.live_target.shape[0]
-        old, advantages, counted = self._of(batch, self.drawn.rollouts.logps, self.drawn.estimates.advantages, self.drawn.counted)
+        kept = self.rollouts
+        old, advantages, counted = self._of(batch, kept.logps, kept.token_advantages, kept.token_mask(self.earned.counts))
         scale = segment_expand(batch.weight, batch.live_cu_seqlens, length) * counted / tokens
         sums = {"tokens": counted.sum()}
         value_loss = self._adapter_value_loss(batch, scale, counted, sums) if config.critic == "adapter" else None
@@ -260,9 +223,9 @@ class PPO:
 
     def _value_loss(self, batch: PackedBatch, hidden: Tensor, scale: Tensor, counted: Tensor, sums: dict[str, Tensor]) -> Tensor:
         """The micro-batch's share of the critic's loss, from the trunk's `hidden` states (L, D) of the scored tokens."""
-        assert self.drawn is not None
+        assert self.rollouts is not None
         clip, values = self.config.cliprange_value, self.value(hidden)
-        old, returns = self._of(batch, self.drawn.estimates.values, self.drawn.estimates.returns)
+        old, returns = self._of(batch, self.rollouts.values, self.rollouts.returns)
         if clip is not None:
             with torch.no_grad():
                 worse = (values.clamp(old - clip, old + clip) - returns) ** 2 > (values - returns) ** 2
@@ -284,60 +247,29 @@ class PPO:
 
     def _of(self, batch: PackedBatch, *values: Tensor) -> list[Tensor]:
         """(L,) each: the parts of `values` (T,) that belong to the scored tokens of `batch`, on its device."""
-        assert self.drawn is not None
-        return [self.drawn.rollouts.of_tokens(x, batch.index).to(batch.live_target.device, non_blocking=True) for x in values]
+        assert self.rollouts is not None
+        return [self.rollouts.of_tokens(x, batch.index).to(batch.live_target.device, non_blocking=True) for x in values]
 
     def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
-        assert self.drawn is not None
+        assert self.rollouts is not None and self.earned is not None
         tokens = max(1.0, sums["tokens"])
-        metrics = {"loss": sums["loss"], **self.rollout.metrics(self.drawn.rollouts), **self._of_generation(self.drawn)}
+        metrics = {"loss": sums["loss"], **self.rollout.metrics(self.rollouts), **self._of_generation(self.rollouts, self.earned)}
         metrics |= {"loss/policy_avg": sums["policy"], "loss/value_avg": sums["value"]}
         names = {"policy/approxkl_avg": "approxkl", "policy/clipfrac_avg": "clipped", "policy/entropy_avg": "entropy"}
         names |= {"val/clipfrac_avg": "value_clipped", "val/ratio": "ratio"}
         metrics |= {name: sums[key] / tokens for name, key in names.items() if key in sums}
         return metrics | ({"aux_loss": sums["aux_loss"]} if "aux_loss" in sums else {})
 
-    def _of_generation(self, drawn: Generation) -> dict[str, float]:
+    def _of_generation(self, rollouts: Rollouts, earned: TokenRewards) -> dict[str, float]:
         """objective/*: means over answers of sums over their tokens; and how well the critic foresaw the returns."""
-        score, kl = float(drawn.earned.scores.nanmean()), float(segment_sum(drawn.earned.kl, drawn.boundaries).mean())
-        metrics = {"objective/scores": score, "objective/entropy": float(segment_sum(-drawn.rollouts.logps, drawn.boundaries).mean())}
+        score, kl = float(earned.scores.nanmean()), float(segment_sum(earned.kl, rollouts.boundaries).mean())
+        metrics = {"objective/scores": score, "objective/entropy": float(segment_sum(-rollouts.logps, rollouts.boundaries).mean())}
         if self.config.beta:
             penalty = 0.0 - self.config.beta * kl
             metrics |= {"objective/kl": kl, "objective/non_score_reward": penalty, "objective/rlhf_reward": score + penalty}
-        values, returns = (x[drawn.counted].double() for x in (drawn.estimates.values, drawn.estimates.returns))
+        counted = rollouts.token_mask(earned.counts)
+        values, returns = rollouts.values[counted].double(), rollouts.returns[counted].double()
         if len(returns) > 1 and float(returns.var()) > 0:
             metrics["val/explained_variance"] = float(1 - (returns - values).var() / returns.var())
         end = self.rollout.data.tokenizer.eos_token_id
-        return metrics | {"val/num_eos_tokens": float((drawn.rollouts.tokens == end).sum())}
-
-    def evaluate(self, prompts: Sequence[Sample]) -> dict[str, float]:
-        return self.rollout.metrics(self.rollout.roll(prompts, (self.config.seed, 0)))
-
-    def shown(self, step: int) -> list[dict[str, Any]]:
-        """Four answers of the step, no more than two of them to one prompt, when answers are due."""
-        if self.drawn is None or not is_due(step, self.config.completions_every):
-            return []
-        return self.rollout.shown(self.drawn.rollouts, [i for i in self.answers if i % self.config.num_generations < 2][:4])
-
-    def after_step(self, step: int) -> None:
-        """A generation that has been trained on is not needed again."""
-        if step % self.config.steps_per_draw == 0:
-            self.drawn = None
-
-    def state(self) -> dict[str, Tensor]:
-        if self.drawn is None:
-            return {}
-        estimates = {f"estimates/{name}": value for name, value in asdict(self.drawn.estimates).items()}
-        return asdict(self.drawn.rollouts) | estimates | {"generation": torch.tensor(self.generation)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if not state:
-            return
-        parts: dict[str, dict[str, Tensor]] = {"": {}, "estimates": {}}
-        for name, value in state.items():
-            home, _, field = name.rpartition("/")
-            parts[home][field] = value
-        self.generation = int(parts[""].pop("generation"))
-        rollouts = Rollouts(**parts[""])
-        earned = token_rewards(self.config, rollouts, self.rollout.total(rollouts.rewards))
-        self.drawn = Generation(rollouts, earned, Estimates(**parts["estimates"]))
+        return metrics | {"val/num_eos_tokens": float((rollouts.tokens == end).sum())}

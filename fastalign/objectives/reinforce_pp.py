@@ -14,7 +14,7 @@ from fastalign.data.prompts import Prompts
 from fastalign.losses.policy import KL_ESTIMATES
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.grpo import GRPO, GRPOConfig
-from fastalign.objectives.online import Rollouts
+from fastalign.objectives.rollouts import Rollouts
 
 
 @dataclass

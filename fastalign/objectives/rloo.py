@@ -12,7 +12,7 @@ from fastalign.advantages import leave_one_out, whiten
 from fastalign.data.prompts import Prompts
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.grpo import GRPO, GRPOConfig
-from fastalign.objectives.online import Rollouts
+from fastalign.objectives.rollouts import Rollouts
 from fastalign.segments import segment_sum
 
 

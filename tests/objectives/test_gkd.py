@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from online_runs import assert_resumes, metrics_of, shown_by
 from tiny import preference_rows, save_tiny, tiny_tokenizer
 
 from fastalign import train
@@ -141,34 +140,15 @@ def test_a_run_learns_repeats_and_resumes(place, tmp_path, case, monkeypatch):
     }[case]
     options |= {"lora": LoraConfig(r=4, dropout=0.1), "learning_rate": 2e-2} if "adapter" in case else {}
     options |= {"epochs": 8, "save_every": 1, "keep_checkpoints": 99, "completions_every": 1}
-    whole = train(config_of(place, output=str(tmp_path / "whole"), **options))
-    rows = metrics(whole.output)
-    steps = [row for row in rows if "loss" in row]
+    result = train(config_of(place, output=str(tmp_path / "whole"), **options))
+    whole, held_out = result.output, {"eval_on_policy/divergence", "eval_completions/mean_length"}
+    steps = [row for row in metrics_of(whole) if "loss" in row]
     assert sum(row["divergence"] for row in steps[-5:]) < 0.9 * sum(row["divergence"] for row in steps[:5])
     own = [row["on_policy"] for row in steps]
     assert {"mixed": 0 < sum(own) < len(own), "teacher": 0 < sum(own) < len(own)}.get(case, all(own))
-    held_out = {"eval_on_policy/divergence", "eval_completions/mean_length"} | ({"eval_divergence"} if case == "mixed" else set())
-    assert held_out <= whole.eval_metrics.keys()
-    shown = [json.loads(line) for line in (whole.output / "completions.jsonl").read_text().splitlines()]
-    assert {row["by"] for row in shown} == ({"model", "teacher"} if case == "teacher" else {"model"})
-    for step in (3, 8):
-        other = tmp_path / f"again{step}"
-        shutil.copytree(whole.output, other)
-        shutil.rmtree(other / "final")
-        for checkpoint in (other / "checkpoints").iterdir():
-            if int(checkpoint.name[5:]) > step:
-                shutil.rmtree(checkpoint)
-        train(config_of(place, output=str(other), resume=True, **options))
-        assert metrics(other) == rows
-        assert (other / "completions.jsonl").read_text() == (whole.output / "completions.jsonl").read_text()
-        name = "adapter_model.safetensors" if "adapter" in case else "model.safetensors"
-        ours, theirs = load_file(other / "final" / name), load_file(whole.output / "final" / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))} for row in lines]
+    assert held_out | ({"eval_divergence"} if case == "mixed" else set()) <= result.eval_metrics.keys()
+    assert {row["by"] for row in shown_by(whole)} == ({"model", "teacher"} if case == "teacher" else {"model"})
+    assert_resumes(whole, (3, 8), lambda run: train(config_of(place, output=str(run), resume=True, **options)))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +160,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
         ("completions", {"lmbda": 0.0}, "max_completion_length must be left at 256, which counts only with answers"),
         ("completions", {"sampling_temperature": 0.0}, "sampling_temperature must be positive"),
         ("completions", {"max_completion_length": 0}, "max_completion_length must be at least 1"),
-        ("completions", {"max_tokens": 64, "max_completion_length": 60}, "max_tokens 64 tokens is less than the longest prompt"),
+        ("completions", {"max_tokens": 64, "max_completion_length": 60}, "max_tokens 64 is less than the longest prompt"),
         ("completions", {"max_tokens": 9999, "max_completion_length": 510}, "the model's window of 512 tokens is less than"),
         ("texts", {}, "data: row 0 has no prompt to answer"),
         ("prompts", {"lmbda": 0.5}, "completion"),

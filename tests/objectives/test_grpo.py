@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import tiny_model, tiny_tokenizer
+from online_runs import PROMPTS, assert_learned, assert_resumes, metrics_of, online_config, same, shown_by
+from tiny import tiny_tokenizer
 
 from fastalign import packing, train
 from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import load_prompts
 from fastalign.errors import ConfigError, DataError
-from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.config import LoraConfig
 from fastalign.models.load import load_model
 from fastalign.models.trunk import stock_attention
 from fastalign.objectives.grpo import GRPO, GRPOConfig
@@ -23,42 +21,10 @@ from fastalign.objectives.rloo import RLOO, RLOOConfig
 from fastalign.rollout.generate import Completion
 from fastalign.train.step import micro_batches, run_step
 
-PROMPTS = ["old river", "why?", "a green lamp holds the letter", "stone"]
-REWARD = """
-def likes_o(prompts, completions, **columns):
-    return [c.count("o") / max(1, len(c)) for c in completions]
-
-def nothing(completions, **columns):
-    return [None] * len(completions)
-"""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grpo")
-    torch.manual_seed(0)
-    tiny_model("qwen3").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "weight": 1 + i % 2}) + "\n" for i, p in enumerate(PROMPTS)))
-    (folder / "rewards.py").write_text(REWARD)
-    return folder
-
 
 def config_of(place: Path, kind=GRPOConfig, **options):
-    given = {
-        "model": ModelConfig(path=str(place / "model"), dtype="float32"),
-        "data": PromptDataConfig(path=str(place / "prompts.jsonl")),
-        "rewards": [f"{place}/rewards.py:likes_o"],
-        "output": str(place / "run"),
-        "batch_size": 2,
-        "num_generations": 4,
-        "max_completion_length": 10,
-        "max_tokens": 64,
-        "learning_rate": 1e-2,
-        "lr_schedule": "constant",
-        "seed": 10,  # with it no two answers to a prompt are rewarded alike
-    }
-    return kind(**given | options)
+    sizes = {"batch_size": 2, "num_generations": 4, "max_completion_length": 10, "max_tokens": 64}
+    return online_config(place, kind, **sizes | {"seed": 10} | options)  # with it no two answers to a prompt are rewarded alike
 
 
 def rolled(place, kind=GRPO, config_kind=GRPOConfig, **options):
@@ -74,11 +40,6 @@ def rolled(place, kind=GRPO, config_kind=GRPOConfig, **options):
         for weight in model.parameters():
             weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
     return objective, prompts
-
-
-def same(gradient, other):
-    """To 1e-5 of the largest entry: small ones are sums of large ones that cancel."""
-    return float((gradient - other).abs().max()) <= 1e-5 * float(other.abs().max())
 
 
 def dense_logps(model, sample, temperature):
@@ -252,7 +213,7 @@ def test_truncated_answers_do_not_count_if_asked(place):
 
 
 def test_a_function_that_abstains_gives_no_advantage(place):
-    objective, _ = rolled(place, rewards=[f"{place}/rewards.py:nothing"], num_iterations=2)
+    objective, _ = rolled(place, reward="nothing", num_iterations=2)
     assert torch.equal(objective.rollouts.advantages, torch.zeros(8))
     assert torch.isnan(objective.rollout.total(objective.rollouts.rewards)).all()
 
@@ -319,32 +280,15 @@ def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, lora):
     options = {"lora": LoraConfig(r=lora), "steps_per_generation": 2, "num_iterations": 2, "batch_size": 1, "beta": 0.01}
     options |= {"max_steps": 24, "save_every": 1, "keep_checkpoints": 99, "learning_rate": 2e-2, "num_generations": 8}
     options |= {"completions_every": 3, "refill": 1, "seed": 0, "top_p": 0.95 if lora else 1.0}
-    whole = train(config_of(place, output=str(tmp_path / "whole"), **options))
-    rows = [json.loads(line) for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row["reward"] for row in rows[-4:]) > 2 * sum(row["reward"] for row in rows[:4])
-    shown = [json.loads(line) for line in (whole.output / "completions.jsonl").read_text().splitlines()]
+    whole = train(config_of(place, output=str(tmp_path / "whole"), **options)).output
+    rows, shown = metrics_of(whole), shown_by(whole)
+    assert_learned(rows, 2)
     assert [row["step"] for row in shown[::2]] == [1, 3, 6, 9, 12, 15, 18, 21, 24]
     prompt, text = shown[0]["prompt"], shown[0]["completion"]
     assert prompt in PROMPTS and shown[0]["rewards"]["likes_o"] == pytest.approx(text.count("o") / len(text))
     assert {"kl", "entropy", "clip_ratio/low_mean", "completions/mean_length", "rewards/likes_o/mean"} <= set(rows[0])
-    for step in (2, 4, 7):  # inside a generation, at its end, in its second pass
-        again = tmp_path / f"again{step}"
-        shutil.copytree(whole.output, again)
-        shutil.rmtree(again / "final")
-        for checkpoint in (again / "checkpoints").iterdir():
-            if int(checkpoint.name[5:]) > step:
-                shutil.rmtree(checkpoint)
-        train(config_of(place, output=str(again), resume=True, **options))
-        kept = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-        assert [_result(row) for row in kept] == [_result(row) for row in rows]
-        assert (again / "completions.jsonl").read_text() == (whole.output / "completions.jsonl").read_text()
-        name = "adapter_model.safetensors" if lora else "model.safetensors"
-        ours, theirs = load_file(again / "final" / name), load_file(whole.output / "final" / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def _result(row):
-    return {name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))}
+    # inside a generation, at its end, in its second pass
+    assert_resumes(whole, (2, 4, 7), lambda run: train(config_of(place, output=str(run), resume=True, **options)))
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from online_runs import online_config, write_place
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_config, tiny_tokenizer
+from tiny import tiny_config, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from fastalign import train
-from fastalign.data.config import PromptDataConfig
 from fastalign.errors import ConfigError, RewardError
-from fastalign.models.config import ModelConfig
 from fastalign.objectives.grpo import GRPOConfig
 from fastalign.objectives.online import OnlineConfig
 from fastalign.objectives.online_dpo import OnlineDPOConfig
@@ -43,30 +42,17 @@ def nothing(completions, **columns):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("online")
-    save_tiny(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    (folder / "mine.py").write_text(CODE)
-    return folder
+    return write_place(tmp_path_factory.mktemp("online"), prompts=PROMPTS, rewards=CODE)
 
 
 def config_of(place: Path, kind: type[OnlineConfig] = GRPOConfig, **options: Any) -> OnlineConfig:
-    given: dict[str, Any] = {
-        "model": ModelConfig(path=str(place / "model"), dtype="float32"),
-        "data": PromptDataConfig(path=str(place / "prompts.jsonl")),
-        "output": str(place / "run"),
-        "batch_size": 2,
-        "num_generations": 2,
-        "max_completion_length": 6,
-        "max_steps": 1,
-        "completions_every": 1,
-    }
-    return kind(**given | options)
+    sizes = {"batch_size": 2, "num_generations": 2, "max_completion_length": 6, "max_steps": 1, "completions_every": 1}
+    return online_config(place, kind, **{"rewards": []} | sizes | options)
 
 
 @pytest.mark.parametrize("kind", [GRPOConfig, PPOConfig, ReinforcePPConfig])
 def test_a_judge_is_a_reward_among_others_and_alone(place, tmp_path, kind):
-    judge = JudgeConfig(function=f"{place}/mine.py:longer")
+    judge = JudgeConfig(function=f"{place}/rewards.py:longer")
     both = {"rewards": ["judge", "soft_overlong:6:5"], "reward_weights": [1.0, 0.5]}
     for name, options in {"both": both, "alone": {}}.items():
         result = train(config_of(place, kind, output=str(tmp_path / name), judge=judge, **options))
@@ -79,7 +65,7 @@ def test_a_judge_is_a_reward_among_others_and_alone(place, tmp_path, kind):
         parts = [("judge", 1.0), ("soft_overlong:6:5", 0.5)] if name == "both" else [("judge", 1.0)]
         assert row["reward"] == pytest.approx(sum(weight * row[f"rewards/{reward}/mean"] for reward, weight in parts))
         card = (result.output / "final" / "README.md").read_text()
-        assert "- a judge, `mine.py:longer`\n" in card and ("- `soft_overlong:6:5`, weight 0.5" in card) == (name == "both")
+        assert "- a judge, `rewards.py:longer`\n" in card and ("- `soft_overlong:6:5`, weight 0.5" in card) == (name == "both")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +118,7 @@ def test_a_reward_model_with_another_tokenizer_is_mentioned(place, tmp_path, cap
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_whose_answers_never_end(place, tmp_path, kind):
     options = {"max_completion_length": 2, "mask_truncated_completions": True, "max_steps": 2, "beta": 0.1, "temperature": 1e-3}
-    result = train(config_of(place, kind, output=str(tmp_path / "run"), rewards=[f"{place}/mine.py:likes_o"], **options))
+    result = train(config_of(place, kind, output=str(tmp_path / "run"), rewards=[f"{place}/rewards.py:likes_o"], **options))
     assert result.metrics["completions/clipped_ratio"] == 1 and result.metrics["completions/mean_terminated_length"] == 0
     assert result.metrics["loss"] == 0 and result.metrics["grad_norm"] == 0
 
@@ -142,7 +128,7 @@ def test_a_run_whose_answers_are_nothing_but_the_end(place, tmp_path, kind, monk
     """One token, an empty text, equal rewards."""
     said = Completion((tiny_tokenizer().eos_token_id,), (-1.0,), True)
     monkeypatch.setattr("fastalign.rollout.engine.generate", lambda model, prompts, **_: [said] * len(prompts))
-    result = train(config_of(place, kind, output=str(tmp_path / "run"), rewards=[f"{place}/mine.py:likes_o"], max_steps=2))
+    result = train(config_of(place, kind, output=str(tmp_path / "run"), rewards=[f"{place}/rewards.py:likes_o"], max_steps=2))
     rows = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows if "loss" in row)
     assert result.step == 2 and result.metrics["completions/mean_terminated_length"] == 1 and result.metrics["reward"] == 0
@@ -152,7 +138,7 @@ def test_a_run_whose_answers_are_nothing_but_the_end(place, tmp_path, kind, monk
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_whose_reward_has_nothing_to_say(place, tmp_path, kind):
     before = load_file(place / "model" / "model.safetensors")
-    options = {"rewards": [f"{place}/mine.py:nothing"], "max_steps": 2, "beta": 0.1, "learning_rate": 1e-2}
+    options = {"rewards": [f"{place}/rewards.py:nothing"], "max_steps": 2, "beta": 0.1, "learning_rate": 1e-2}
     result = train(config_of(place, kind, output=str(tmp_path / "run"), **options))
     assert result.step == 2 and result.metrics["loss"] == pytest.approx(0, abs=1e-6)
     after = load_file(result.output / "final" / "model.safetensors")

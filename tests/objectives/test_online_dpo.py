@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from online_runs import assert_learned, assert_resumes, metrics_of, online_config
 from tiny import tiny_model, tiny_tokenizer
 from torch.nn.functional import logsigmoid
 
 from fastalign import train
-from fastalign.data.config import PromptDataConfig
 from fastalign.errors import ConfigError, JudgeError, RewardError
-from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.config import LoraConfig
 from fastalign.models.load import load_model
 from fastalign.models.trunk import stock_attention
 from fastalign.objectives.online_dpo import OnlineDPO, OnlineDPOConfig
@@ -24,45 +22,12 @@ from fastalign.rollout.judges import Verdict
 from fastalign.rollout.judging import JudgeConfig, JudgeReward
 from fastalign.train.step import micro_batches, run_step
 
-PROMPTS = ["old river", "why?", "a green lamp holds the letter", "stone"]
-CODE = """
-def likes_o(prompts, completions, **columns):
-    return [c.count("o") / max(1, len(c)) for c in completions]
-
-def longer(prompts, completions, **columns):
-    return [len(c) for c in completions]
-
-def nothing(completions, **columns):
-    return [None] * len(completions)
-"""
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("online_dpo")
-    tiny_model("qwen3").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "weight": 1 + i % 2}) + "\n" for i, p in enumerate(PROMPTS)))
-    (folder / "mine.py").write_text(CODE)
-    return folder
-
-
 def config_of(place: Path, **options: Any) -> OnlineDPOConfig:
-    given: dict[str, Any] = {
-        "model": ModelConfig(path=str(place / "model"), dtype="float32"),
-        "data": PromptDataConfig(path=str(place / "prompts.jsonl")),
-        "rewards": [f"{place}/mine.py:likes_o"],
-        "output": str(place / "run"),
-        "batch_size": 4,
-        "num_generations": 3,
-        "max_completion_length": 10,
-        "max_tokens": 96,
-        "learning_rate": 1e-2,
-        "lr_schedule": "constant",
-        "seed": 10,
-    }
-    return OnlineDPOConfig(**given | options)
+    sizes = {"batch_size": 4, "num_generations": 3, "max_completion_length": 10, "max_tokens": 96, "seed": 10}
+    return online_config(place, OnlineDPOConfig, **sizes | options)
 
 
 def begun(place: Path, **options: Any) -> OnlineDPO:
@@ -110,7 +75,7 @@ def test_best_against_worst_and_what_is_in_no_pair(place):
 
 def test_answers_without_an_end(place):
     """They may be worth less, or nothing; an opinion of nobody is not made up by the penalty."""
-    objective = begun(place, missing_eos_penalty=0.75, rewards=[f"{place}/mine.py:nothing"])
+    objective = begun(place, missing_eos_penalty=0.75, reward="nothing")
     finished = objective.rollouts.finished
     assert torch.equal(objective.rollouts.rewards[:, 1], torch.where(finished, 0.0, -0.75))
     assert not finished.all(), "nothing would be proven"
@@ -207,7 +172,7 @@ def test_a_judge_ranks_the_answers_to_a_prompt_and_makes_nothing_up():
 
 
 def test_a_run_with_a_judge(place, tmp_path):
-    judge = JudgeConfig(function=f"{place}/mine.py:longer")
+    judge = JudgeConfig(function=f"{place}/rewards.py:longer")
     options = {"rewards": [], "judge": judge, "max_steps": 1, "completions_every": 1}
     result = train(config_of(place, output=str(tmp_path / "run"), **options))
     shown = [json.loads(line) for line in (result.output / "completions.jsonl").read_text().splitlines()]
@@ -215,7 +180,7 @@ def test_a_run_with_a_judge(place, tmp_path):
     for chosen, rejected in zip(shown[::2], shown[1::2]):
         assert (chosen["advantage"], rejected["advantage"]) == (1.0, -1.0)
         assert chosen["rewards"]["judge"] == len(chosen["completion"]) > len(rejected["completion"])
-    assert "a judge, `mine.py:longer`" in (result.output / "final" / "README.md").read_text()
+    assert "a judge, `rewards.py:longer`" in (result.output / "final" / "README.md").read_text()
 
 
 def test_a_judge_that_fails_on_everything_stops_the_run(place, tmp_path):
@@ -229,28 +194,12 @@ def test_a_judge_that_fails_on_everything_stops_the_run(place, tmp_path):
 def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, lora):
     options = {"lora": LoraConfig(r=lora), "steps_per_generation": 2, "num_iterations": 2, "batch_size": 2, "num_generations": 4}
     options |= {"max_steps": 16, "save_every": 1, "keep_checkpoints": 99, "learning_rate": 1e-2, "completions_every": 3, "refill": 1}
-    whole = train(config_of(place, output=str(tmp_path / "whole"), **options))
-    rows = [json.loads(line) for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row["reward"] for row in rows[-4:]) > 1.5 * sum(row["reward"] for row in rows[:4])
+    whole = train(config_of(place, output=str(tmp_path / "whole"), **options)).output
+    rows = metrics_of(whole)
+    assert_learned(rows, 1.5)
     assert {"rewards/accuracies", "objective/kl", "objective/rlhf_reward", "val/contain_eos_token", "frac_ties"} <= set(rows[0])
-    for step in (2, 4, 7):  # inside a generation, at its end, in its second pass
-        other = tmp_path / f"again{step}"
-        shutil.copytree(whole.output, other)
-        shutil.rmtree(other / "final")
-        for checkpoint in (other / "checkpoints").iterdir():
-            if int(checkpoint.name[5:]) > step:
-                shutil.rmtree(checkpoint)
-        train(config_of(place, output=str(other), resume=True, **options))
-        kept = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
-        assert [_result(row) for row in kept] == [_result(row) for row in rows]
-        assert (other / "completions.jsonl").read_text() == (whole.output / "completions.jsonl").read_text()
-        name = "adapter_model.safetensors" if lora else "model.safetensors"
-        ours, theirs = load_file(other / "final" / name), load_file(whole.output / "final" / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def _result(row):
-    return {name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))}
+    # inside a generation, at its end, in its second pass
+    assert_resumes(whole, (2, 4, 7), lambda run: train(config_of(place, output=str(run), resume=True, **options)))
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from online_runs import PROMPTS, assert_learned, assert_resumes, metrics_of, move, online_config, same
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_tokenizer
+from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastalign import train
-from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import load_prompts
 from fastalign.errors import ConfigError
 from fastalign.models.adapters import critic_adapter
@@ -22,55 +20,22 @@ from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.critic import critic_weights
 from fastalign.models.trunk import causal_lm, stock_attention
 from fastalign.models.value_head import load_reward_model
-from fastalign.objectives.online import Rollout
 from fastalign.objectives.ppo import PPO, PPOConfig
+from fastalign.objectives.rollouts import Rollout
 from fastalign.rollout.generate import Completion
 from fastalign.train.optim import Optimizer
 from fastalign.train.step import micro_batches, run_step
 
-PROMPTS = ["old river", "why?", "a green lamp holds the letter", "stone"]
-REWARD = """
-def likes_o(completions, **columns):
-    return [c.count("o") / max(1, len(c)) for c in completions]
-
+OF_THE_FIRST = """
 def of_the_first(prompts, completions, **columns):
     return [len(c) if p == "old river" else None for p, c in zip(prompts, completions)]
 """
 CRITICS = {"shared": {}, "shared_lora": {"lora": LoraConfig(r=4)}, "adapter": {"lora": LoraConfig(r=4), "critic": "adapter"}}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ppo")
-    save_tiny(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "weight": 1 + i % 2}) + "\n" for i, p in enumerate(PROMPTS)))
-    (folder / "rewards.py").write_text(REWARD)
-    return folder
-
-
 def config_of(place: Path, **options) -> PPOConfig:
-    given = {
-        "model": ModelConfig(path=str(place / "model"), dtype="float32"),
-        "data": PromptDataConfig(path=str(place / "prompts.jsonl")),
-        "rewards": [f"{place}/rewards.py:likes_o"],
-        "output": str(place / "run"),
-        "batch_size": 2,
-        "num_generations": 2,
-        "max_completion_length": 10,
-        "max_tokens": 64,
-        "learning_rate": 1e-2,
-        "lr_schedule": "constant",
-    }
-    return PPOConfig(**given | options)
-
-
-def move(model, seed, size=0.03):
-    """Every trained weight, so that a fresh critic, which is 0, has something to say."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                weight.add_((0.3 if "value_head" in name else size) * torch.randn(weight.shape, generator=rng))
+    sizes = {"batch_size": 2, "num_generations": 2, "max_completion_length": 10, "max_tokens": 64}
+    return online_config(place, PPOConfig, **sizes | options)
 
 
 def end_early(rollout, asked, seed, answers=Rollout._answers):
@@ -105,11 +70,6 @@ def step(objective, samples, max_tokens=64):
     return metrics, {n: w.grad.clone() for n, w in objective.model.named_parameters() if w.grad is not None}
 
 
-def same(gradient, other):
-    """To 1e-5 of the largest entry: small ones are sums of large ones that cancel."""
-    return float((gradient - other).abs().max()) <= 1e-5 * float(other.abs().max())
-
-
 @pytest.mark.parametrize("critic", CRITICS)
 @pytest.mark.parametrize("options", [{}, {"mask_truncated_completions": True, "whiten_rewards": True}])
 def test_the_cut_into_micro_batches_does_not_matter(place, critic, options):
@@ -130,27 +90,27 @@ def test_the_critics_gradient_is_that_of_its_own_trunk(place, critic, checkpoint
     """Values, loss and gradient by way of Transformers' attention, one answer at a time."""
     model = ModelConfig(path=str(place / "model"), dtype="float32", gradient_checkpointing=checkpointing)
     objective, prompts = rolled(place, model=model, vf_coef=0.7, cliprange_value=0.4, **CRITICS[critic])
-    drawn, policy = objective.drawn, objective.model
+    rollouts, policy = objective.rollouts, objective.model
     objective.model.train()
     samples = list(objective.samples(1, prompts))
     assert len(samples) == 4
-    drawn.estimates.advantages.zero_()  # no gradient comes from the policy's loss
+    rollouts.advantages.zero_()  # no gradient comes from the policy's loss
     metrics, grads = step(objective, samples)
     policy.zero_grad()
     losses = []
     with stock_attention(policy):
         for i, sample in enumerate(samples):
-            ids, at = torch.tensor([(*sample.prompt, *sample.completions[0])]), slice(*drawn.rollouts.bounds[i : i + 2])
+            ids, at = torch.tensor([(*sample.prompt, *sample.completions[0])]), slice(*rollouts.bounds[i : i + 2])
             if critic == "adapter":
                 with critic_adapter(policy):
                     hidden = causal_lm(policy).model(ids).last_hidden_state[0, len(sample.prompt) - 1 : -1]
             else:
                 hidden = causal_lm(policy).model(ids).last_hidden_state[0, len(sample.prompt) - 1 : -1]
             head = objective.value
-            values, old, returns = (hidden @ head.weight.T)[:, 0] + head.bias, drawn.estimates.values[at], drawn.estimates.returns[at]
+            values, old, returns = (hidden @ head.weight.T)[:, 0] + head.bias, rollouts.values[at], rollouts.returns[at]
             kept = values.clamp(old - 0.4, old + 0.4)
             losses.append(0.5 * sample.weight * torch.maximum((values - returns) ** 2, (kept - returns) ** 2))
-        loss = torch.cat(losses).sum() / len(drawn.rollouts.tokens)
+        loss = torch.cat(losses).sum() / len(rollouts.tokens)
         if not (checkpointing and critic == "adapter"):
             (0.7 * loss).backward()
     assert metrics["loss/value_avg"] == pytest.approx(loss.item(), rel=1e-5)
@@ -160,7 +120,7 @@ def test_the_critics_gradient_is_that_of_its_own_trunk(place, critic, checkpoint
     assert sum("lora" in name for name in own) == (28 if critic == "adapter" else 0)
     if checkpointing and critic == "adapter":  # compared with that of a run that keeps its activations
         plain, prompts = rolled(place, vf_coef=0.7, cliprange_value=0.4, **CRITICS[critic])
-        plain.drawn.estimates.advantages.zero_()
+        plain.rollouts.advantages.zero_()
         want = {name: gradient for name, gradient in step(plain, plain.samples(1, prompts))[1].items() if ".default." not in name}
     else:
         want = {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
@@ -196,33 +156,34 @@ def test_the_critics_rate_is_its_own(place):
         assert torch.allclose(before[name] - weight, torch.tensor(rate), rtol=1e-2), name
 
 
-def test_an_answer_that_no_function_judged_or_that_was_cut_off_does_not_count(place):
-    options = {"rewards": [f"{place}/rewards.py:of_the_first"], "batch_size": 4, "whiten_rewards": True, "num_generations": 4}
+def test_an_answer_that_no_function_judged_or_that_was_cut_off_does_not_count(place, tmp_path):
+    (tmp_path / "mine.py").write_text(OF_THE_FIRST)
+    options = {"rewards": [f"{tmp_path}/mine.py:of_the_first"], "batch_size": 4, "whiten_rewards": True, "num_generations": 4}
     objective, prompts = rolled(place, **options)
     first = [prompt.index for prompt in prompts if PROMPTS[prompt.index] == "old river"]
-    judged = torch.isin(objective.drawn.rollouts.prompts, torch.tensor(first))
-    assert int(judged.sum()) == 4 and torch.equal(objective.drawn.earned.counts, judged)
+    judged = torch.isin(objective.rollouts.prompts, torch.tensor(first))
+    assert int(judged.sum()) == 4 and torch.equal(objective.earned.counts, judged)
     samples = list(objective.samples(1, prompts))
     assert [sample.index for sample in samples] == judged.nonzero()[:, 0].tolist()
-    counted = objective.drawn.counted
-    assert float(objective.drawn.estimates.advantages[counted].mean()) == pytest.approx(0, abs=1e-5)
-    assert float(objective.drawn.estimates.advantages[counted].std()) == pytest.approx(1, rel=1e-3)
-    assert not objective.drawn.estimates.advantages[~counted].any()
+    counted = objective.rollouts.token_mask(objective.earned.counts)
+    assert float(objective.rollouts.advantages[counted].mean()) == pytest.approx(0, abs=1e-5)
+    assert float(objective.rollouts.advantages[counted].std()) == pytest.approx(1, rel=1e-3)
+    assert not objective.rollouts.advantages[~counted].any()
     assert objective.denominators(samples)["tokens"] == float(counted.sum())
     metrics, grads = step(objective, samples)
-    everything = objective.rollout.samples(objective.drawn.rollouts)
+    everything = objective.rollout.samples(objective.rollouts)
     others, theirs = step(objective, everything, 500)
     assert metrics == pytest.approx(others, rel=1e-4, abs=1e-7) and all(same(grads[name], theirs[name]) for name in theirs)
 
     objective, prompts = rolled(place, ends=False, mask_truncated_completions=True, max_completion_length=2, temperature=1e-3)
-    assert not objective.drawn.rollouts.finished.any()
+    assert not objective.rollouts.finished.any()
     samples = list(objective.samples(1, prompts))
     metrics, grads = step(objective, samples)
     assert len(samples) == 1 and metrics["loss"] == 0 and not any(gradient.any() for gradient in grads.values())
 
 
 def test_the_penalty_for_a_missing_end_is_taken_from_the_score(place):
-    with_penalty, without = (rolled(place, batch_size=4, **options)[0].drawn for options in ({"missing_eos_penalty": 2.0}, {}))
+    with_penalty, without = (rolled(place, batch_size=4, **options)[0] for options in ({"missing_eos_penalty": 2.0}, {}))
     cut_off = ~with_penalty.rollouts.finished
     assert cut_off.any() and not cut_off.all()
     assert torch.allclose(without.earned.scores - with_penalty.earned.scores, 2.0 * cut_off)
@@ -247,46 +208,31 @@ def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, monkeyp
     monkeypatch.setattr("fastalign.train.loop.write_report", lambda run: run)  # takes longer than the steps
     options = {"steps_per_generation": 2, "num_iterations": 2, "batch_size": 2, "beta": 0.01, "num_generations": 8, "max_steps": 40}
     options |= {"save_every": 1, "keep_checkpoints": 99, "completions_every": 3, "value_learning_rate": 3e-2, "learning_rate": 2e-2}
-    whole = train(config_of(place, output=str(tmp_path / "whole"), **options, **CRITICS[critic]))
-    rows = [json.loads(line) for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row["reward"] for row in rows[-4:]) > 2 * sum(row["reward"] for row in rows[:4])
+    options |= CRITICS[critic]
+    whole = train(config_of(place, output=str(tmp_path / "whole"), **options)).output
+    rows = metrics_of(whole)
+    assert_learned(rows, 2)
     assert {"objective/kl", "objective/rlhf_reward", "val/explained_variance", "policy/entropy_avg", "reward_std"} <= set(rows[0])
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4) and rows[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
-    critics = load_file(whole.output / "critic.safetensors")
-    saved = load_file(whole.output / "checkpoints" / "step-000040" / "weights.safetensors")
+    critics = load_file(whole / "critic.safetensors")
+    saved = load_file(whole / "checkpoints" / "step-000040" / "weights.safetensors")
     assert len(critics) == (30 if critic == "adapter" else 2)
     assert all(torch.equal(value, saved[name]) and value.any() for name, value in critics.items())
-    for step_ in (1, 4, 6) if critic == "shared" else (6,):  # inside a generation, at its end, in its second pass
-        again = tmp_path / f"again{step_}"
-        shutil.copytree(whole.output, again)
-        shutil.rmtree(again / "final")
-        (again / "critic.safetensors").unlink()
-        for checkpoint in (again / "checkpoints").iterdir():
-            if int(checkpoint.name[5:]) > step_:
-                shutil.rmtree(checkpoint)
-        assert ("objective.safetensors" in {f.name for f in (again / "checkpoints" / f"step-{step_:06d}").iterdir()}) == (step_ != 4)
-        train(config_of(place, output=str(again), resume=True, **options, **CRITICS[critic]))
-        kept = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-        assert [_result(row) for row in kept] == [_result(row) for row in rows]
-        assert (again / "completions.jsonl").read_text() == (whole.output / "completions.jsonl").read_text()
-        for file in ("critic.safetensors", f"final/{'adapter_model' if 'lora' in CRITICS[critic] else 'model'}.safetensors"):
-            ours, theirs = load_file(again / file), load_file(whole.output / file)
-            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    exported = load_file(whole.output / file)
+    steps = (1, 4, 6) if critic == "shared" else (6,)  # inside a generation, at its end, in its second pass
+    assert_resumes(whole, steps, lambda run: train(config_of(place, output=str(run), resume=True, **options)), ["critic.safetensors"])
+    kept = [(whole / "checkpoints" / f"step-{step:06d}" / "objective.safetensors").is_file() for step in (1, 4, 6)]
+    assert kept == [True, False, True]
+    exported = load_file(whole / "final" / ("adapter_model.safetensors" if "lora" in options else "model.safetensors"))
     assert not any("value_head" in name or "critic" in name for name in exported)
-
-
-def _result(row):
-    return {name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))}
 
 
 @pytest.mark.parametrize(("size", "places"), [(1, [0, 1, 2, 3]), (3, [0, 1, 3, 4])])
 def test_what_is_shown_of_a_step(place, size, places):
     """Four answers, two to a prompt at most, with the mean advantage of their tokens."""
     objective, _ = rolled(place, batch_size=4, num_generations=size, completions_every=5)
-    drawn, shown = objective.drawn, objective.shown(1)
-    assert [row["row"] for row in shown] == drawn.rollouts.prompts[places].tolist()
-    advantages = drawn.estimates.advantages.split(drawn.rollouts.lengths.tolist())
+    rollouts, shown = objective.rollouts, objective.shown(1)
+    assert [row["row"] for row in shown] == rollouts.prompts[places].tolist()
+    advantages = rollouts.advantages.split(rollouts.lengths.tolist())
     assert [row["advantage"] for row in shown] == pytest.approx([float(advantages[i].mean()) for i in places], rel=1e-5)
     assert objective.shown(5) == shown and objective.shown(6) == []
 

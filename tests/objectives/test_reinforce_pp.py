@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from online_runs import assert_learned, assert_resumes, metrics_of, move, online_config, shown_by, write_place
 from support import relative_error
-from tiny import save_tiny, tiny_tokenizer
+from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastalign import train
 from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import load_prompts
 from fastalign.errors import ConfigError
-from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.models.config import LoraConfig
 from fastalign.models.load import load_model
-from fastalign.objectives.online import Rollout
 from fastalign.objectives.reinforce_pp import ReinforcePP, ReinforcePPConfig
+from fastalign.objectives.rollouts import Rollout
 from fastalign.rollout.generate import Completion
 from fastalign.train.step import micro_batches, run_step
 
@@ -41,35 +40,12 @@ def likes_o(completions, **columns):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reinforce_pp")
-    save_tiny(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "weight": 1 + i % 2}) + "\n" for i, p in enumerate(PROMPTS)))
-    (folder / "rewards.py").write_text(REWARD)
-    return folder
+    return write_place(tmp_path_factory.mktemp("reinforce_pp"), prompts=PROMPTS, rewards=REWARD)
 
 
 def config_of(place, reward="mine", **options):
-    given = {
-        "model": ModelConfig(path=str(place / "model"), dtype="float32"),
-        "data": PromptDataConfig(path=str(place / "prompts.jsonl")),
-        "rewards": [f"{place}/rewards.py:{reward}"],
-        "output": str(place / "run"),
-        "batch_size": 3,
-        "num_generations": 2,
-        "max_completion_length": LONGEST,
-        "max_tokens": 40,
-        "beta": BETA,
-        "learning_rate": 1e-2,
-        "lr_schedule": "constant",
-    }
-    return ReinforcePPConfig(**given | options)
-
-
-def move(model, seed):
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.03 * torch.randn(weight.shape, generator=rng))
+    sizes = {"batch_size": 3, "num_generations": 2, "max_completion_length": LONGEST, "max_tokens": 40, "beta": BETA}
+    return online_config(place, ReinforcePPConfig, reward=reward, **sizes | options)
 
 
 class Case:
@@ -245,31 +221,14 @@ def test_a_run_learns_and_a_resumed_run_is_the_same_run(place, tmp_path, monkeyp
     }
     options |= {"max_completion_length": 10, "max_tokens": 64, "beta": 0.01, "max_steps": 32, "save_every": 1, "keep_checkpoints": 99}
     options |= {"learning_rate": 2e-2, "completions_every": 3} | variant
-    whole = train(config_of(place, output=str(tmp_path / "whole"), **options))
-    rows = [json.loads(line) for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row["reward"] for row in rows[-4:]) > 2 * sum(row["reward"] for row in rows[:4])
+    whole = train(config_of(place, output=str(tmp_path / "whole"), **options)).output
+    rows = metrics_of(whole)
+    assert_learned(rows, 2)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and any(row["kl"] > 1e-3 for row in rows)
     assert ("frac_reward_zero_std" in rows[0]) == ("baseline" in variant), "an answer that is alone is not compared"
-    shown = [json.loads(line) for line in (whole.output / "completions.jsonl").read_text().splitlines()]
-    assert len([row for row in shown if row["step"] == 1]) == 4
-    for step in (1, 4, 6):  # inside a generation, at its end, in its second pass
-        again = tmp_path / f"again{step}"
-        shutil.copytree(whole.output, again)
-        shutil.rmtree(again / "final")
-        for checkpoint in (again / "checkpoints").iterdir():
-            if int(checkpoint.name[5:]) > step:
-                shutil.rmtree(checkpoint)
-        train(config_of(place, output=str(again), resume=True, **options))
-        kept = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-        assert [_result(row) for row in kept] == [_result(row) for row in rows]
-        assert (again / "completions.jsonl").read_text() == (whole.output / "completions.jsonl").read_text()
-        name = "adapter_model.safetensors" if "lora" in variant else "model.safetensors"
-        ours, theirs = load_file(again / "final" / name), load_file(whole.output / "final" / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def _result(row):
-    return {name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))}
+    assert len([row for row in shown_by(whole) if row["step"] == 1]) == 4
+    # inside a generation, at its end, in its second pass
+    assert_resumes(whole, (1, 4, 6), lambda run: train(config_of(place, output=str(run), resume=True, **options)))
 
 
 @pytest.mark.parametrize(

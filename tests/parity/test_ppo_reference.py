@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from fastalign.data.config import PromptDataConfig
 from fastalign.data.prompts import load_prompts
 from fastalign.models.config import ModelConfig
-from fastalign.objectives.online import Rollout
 from fastalign.objectives.ppo import PPO, PPOConfig
+from fastalign.objectives.rollouts import Rollout
 from fastalign.rollout.generate import Completion
 from fastalign.train.step import micro_batches, run_step
 
@@ -220,11 +220,11 @@ CASES = {
 def test_a_step(folder, monkeypatch, name):
     case = Case(folder, monkeypatch, **CASES[name])
     book = Book(case)
-    found, ours = book.generation(), case.objective.drawn
-    assert same(ours.rollouts.logps, found.old[book.mask]) and same(ours.estimates.values, found.values[book.mask])
-    assert same(ours.earned.rewards, found.rewards[book.mask])
-    assert same(ours.estimates.returns, found.returns[book.mask])
-    assert same(ours.estimates.advantages, found.advantages[book.mask])
+    found, ours, earned = book.generation(), case.objective.rollouts, case.objective.earned
+    assert same(ours.logps, found.old[book.mask]) and same(ours.values, found.values[book.mask])
+    assert same(earned.rewards, found.rewards[book.mask])
+    assert same(ours.returns, found.returns[book.mask])
+    assert same(ours.advantages, found.advantages[book.mask])
     metrics, grads = case.ours()
     statistics = book.loss()
     del statistics["differentiable"]
@@ -265,7 +265,7 @@ def test_the_score_is_paid_for_the_last_token_and_not_one_later(folder, monkeypa
     assert float(found.raw[row, last]) == pytest.approx(score - kl - before, rel=1e-5)
     assert float(theirs.raw[row, last]) == pytest.approx(after - kl - before + 0.95 * (score - after), rel=1e-4)
     at = ours.mask.flatten().nonzero()[:, 0].tolist().index(row * LONGEST + last)
-    assert float(case.objective.drawn.estimates.advantages[at]) == pytest.approx(float(found.advantages[row, last]), rel=1e-4)
+    assert float(case.objective.rollouts.advantages[at]) == pytest.approx(float(found.advantages[row, last]), rel=1e-4)
     metrics, _ = case.ours()
     assert metrics["loss"] == pytest.approx(ours.loss()["loss"], rel=1e-4)
     assert abs(metrics["loss"] - trl.loss()["loss"]) > 0.01 * abs(metrics["loss"])

@@ -27,8 +27,8 @@ from fastalign.losses.policy import POLICY_LOSSES
 from fastalign.models.config import ModelConfig
 from fastalign.models.load import load_model
 from fastalign.objectives.grpo import GRPO, GRPOConfig
-from fastalign.objectives.online import Rollouts
 from fastalign.objectives.rloo import RLOO, RLOOConfig
+from fastalign.objectives.rollouts import Rollouts
 from fastalign.train.step import micro_batches, run_step
 
 TRL_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")

@@ -1,0 +1,85 @@
+"""What every algorithm needs in which a model answers prompts: how long its answers may be, and what makes it answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastalign.data.tokenizer import context_window
+from fastalign.errors import ConfigError
+from fastalign.objectives.base import RunConfig
+from fastalign.rollout.engine import Engine, FirstRank, TransformersEngine
+from fastalign.rollout.vllm_server import VLLMServerConfig, VLLMServerEngine, check_server
+
+
+@dataclass
+class AnswerConfig(RunConfig):
+    """Options of the answers that a model gives while it is trained, and of the engine that makes it give them."""
+
+    vllm: VLLMServerConfig = field(default_factory=VLLMServerConfig)
+    engine: Literal["transformers", "vllm_server"] = "transformers"
+    """What answers: the trained model itself, or a running vLLM server that is given the adapter (vllm.*; LoRA only)."""
+    max_completion_length: int = 256
+    """Longest answer, in tokens."""
+    completions_every: int = 10
+    """Steps between samples of answers in completions.jsonl; 0: none."""
+    generation_tokens: int = 16384
+    """Prompt and answer tokens that are generated together; bounds the memory of the cache."""
+
+    def validate(self) -> None:
+        super().validate()
+        for option in ("max_completion_length", "generation_tokens"):
+            self._require(option, getattr(self, option) >= 1, "at least 1")
+        self._require("completions_every", self.completions_every >= 0, "0 or more")
+        self._require_engine()
+
+    @property
+    def generates_itself(self) -> bool:
+        """Whether a model of this process answers by Transformers' generation."""
+        return self.engine == "transformers"
+
+    def make_engine(self, model: Any) -> Engine:
+        """What answers prompts by the weights of `model`, which is the one that is trained."""
+        if self.engine == "vllm_server":
+            return FirstRank(VLLMServerEngine(model, self.vllm, output=self.output))
+        return TransformersEngine(model, max_tokens=self.generation_tokens)
+
+    def check_engine(self) -> None:
+        """Raise RolloutError where the engine is not there: before anything is loaded or written."""
+        if self.engine == "vllm_server":
+            check_server(self.vllm, self.model.path)
+
+    def _require_engine(self) -> None:
+        self._require_choice("engine", ("transformers", "vllm_server"))
+        if self.engine == "transformers":
+            if self.vllm != VLLMServerConfig():
+                raise ConfigError("vllm: options of a vLLM server, but the trained model itself answers; set --engine vllm_server")
+            return
+        self.vllm.validate()
+        self._require_use("generation_tokens", self.generates_itself, "engine transformers; a server bounds its own memory")
+        if not self.lora.enabled and not (Path(self.model.path) / "adapter_config.json").is_file():
+            raise ConfigError(
+                "engine: only an adapter is sent to a vLLM server, and all weights are trained (lora.r 0); set --lora.r 16, or "
+                "--engine transformers"
+            )
+        if self.lora.modules_to_save:
+            raise ConfigError(
+                "lora.modules_to_save: vLLM takes no adapter with whole layers in it; leave it out, or set --engine transformers"
+            )
+
+    def _require_room(self, row: int, prompt: int) -> None:
+        """Raise ConfigError unless the longest prompt, `prompt` tokens in the data's row `row`, and the longest answer fit together."""
+        needed, window = prompt + self.max_completion_length, context_window(self.model.path)
+        both = f"the longest prompt (row {row}, {prompt} tokens) and the longest answer ({self.max_completion_length}) together"
+        if needed > self.max_tokens:
+            remedy = f"set --max_tokens {needed} or more, or a smaller --max_completion_length"
+            raise ConfigError(f"max_tokens {self.max_tokens} is less than {both}; {remedy}")
+        if window is not None and needed > window:
+            remedy = "set a smaller --max_completion_length or --data.max_length"
+            raise ConfigError(f"the model's window of {window} tokens is less than {both}; {remedy}")
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether answers are shown after optimizer step `step`, counted from 1: the first one and every `every`; 0: never."""
+    return bool(every) and (step == 1 or step % every == 0)
