@@ -61,4 +61,14 @@ def enable_checkpointing(causal: Any, options: ModelConfig) -> None:
 
 
 def _policy(kept: frozenset[str], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator.name().partition(".")[0] in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    name = operator.name().partition(".")[0]
+    save = name in kept and not _is_thin(name, args)
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_thin(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a product costs little for the size of its result, as the second one of a low-rank adapter does."""
+    if name not in ("aten::mm", "aten::addmm"):
+        return False
+    left, right = args[:2] if name == "aten::mm" else args[1:3]
+    return 8 * left.shape[1] < right.shape[1]

@@ -105,6 +105,15 @@ def test_what_is_held_is_in_the_order_of_the_options() -> None:
     assert every - nothing == pytest.approx((plain - nothing) / 2, rel=0.1)
 
 
+def test_products_of_an_adapter_are_not_kept() -> None:
+    """Its second one costs next to nothing and is as large as that of the layer itself."""
+    shape = {**SHAPE, "intermediate_size": 64}
+    plain, adapted = (held(load(shape=shape, lora=lora, checkpoint_keep="products")) for lora in (None, LoraConfig(r=2)))
+    first = 4 * 4 * 1024 * 7 * 2  # float32, of seven linear layers in four layers, rank 2
+    second = 4 * 4 * 1024 * 64  # of one of them at the width of the model
+    assert adapted - plain < first + second
+
+
 @new_enough
 def test_the_prediction_knows_the_options() -> None:
     def activations(**options: Any) -> int:
