@@ -38,6 +38,9 @@ class Engine(Protocol):
         A prompt that is there twice is sampled twice. Depends on nothing but the weights and the arguments.
         """
 
+    def rest(self) -> None:
+        """Nothing is asked until the next `sync`: memory that only answers need may be given back."""
+
 
 class TransformersEngine:
     """The trained model itself, by Transformers' generation: there is nothing to sync. `max_tokens` bounds a batch and its cache."""
@@ -50,3 +53,6 @@ class TransformersEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: Sequence[int]) -> list[Completion]:
         return generate(self.model, prompts, seed=seed, max_tokens=self.max_tokens, **asdict(sampling))
+
+    def rest(self) -> None:
+        pass
