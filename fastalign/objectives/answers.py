@@ -10,6 +10,7 @@ from fastalign.data.tokenizer import context_window
 from fastalign.errors import ConfigError
 from fastalign.objectives.base import RunConfig
 from fastalign.rollout.engine import Engine, FirstRank, TransformersEngine
+from fastalign.rollout.vllm_local import VLLMEngine, VLLMLocalConfig, load_vllm
 from fastalign.rollout.vllm_server import VLLMServerConfig, VLLMServerEngine, check_server
 
 
@@ -18,8 +19,10 @@ class AnswerConfig(RunConfig):
     """Options of the answers that a model gives while it is trained, and of the engine that makes it give them."""
 
     vllm: VLLMServerConfig = field(default_factory=VLLMServerConfig)
-    engine: Literal["transformers", "vllm_server"] = "transformers"
-    """What answers: the trained model itself, or a running vLLM server that is given the adapter (vllm.*; LoRA only)."""
+    vllm_local: VLLMLocalConfig = field(default_factory=VLLMLocalConfig)
+    engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
+    """What answers: the trained model itself, vLLM in this process (vllm_local.*), or a running vLLM server that is given the adapter
+    (vllm.*; LoRA only)."""
     max_completion_length: int = 256
     """Longest answer, in tokens."""
     completions_every: int = 10
@@ -43,30 +46,48 @@ class AnswerConfig(RunConfig):
         """What answers prompts by the weights of `model`, which is the one that is trained."""
         if self.engine == "vllm_server":
             return FirstRank(VLLMServerEngine(model, self.vllm, output=self.output))
+        if self.engine == "vllm":
+            room = min(self.max_tokens, context_window(self.model.path) or self.max_tokens)
+            return VLLMEngine(model, self.vllm_local, output=self.output, max_tokens=room)
         return TransformersEngine(model, max_tokens=self.generation_tokens)
 
     def check_engine(self) -> None:
-        """Raise RolloutError where the engine is not there: before anything is loaded or written."""
+        """Raise RolloutError or DependencyError where the engine is not there: before anything is loaded or written."""
         if self.engine == "vllm_server":
             check_server(self.vllm, self.model.path)
+        if self.engine == "vllm":
+            load_vllm()
 
     def _require_engine(self) -> None:
-        self._require_choice("engine", ("transformers", "vllm_server"))
+        self._require_choice("engine", ("transformers", "vllm", "vllm_server"))
+        if self.engine != "vllm_server" and self.vllm != VLLMServerConfig():
+            raise ConfigError("vllm: options of a vLLM server, but another engine answers; set --engine vllm_server")
+        if self.engine != "vllm" and self.vllm_local != VLLMLocalConfig():
+            raise ConfigError("vllm_local: options of vLLM in this process, but another engine answers; set --engine vllm")
         if self.engine == "transformers":
-            if self.vllm != VLLMServerConfig():
-                raise ConfigError("vllm: options of a vLLM server, but the trained model itself answers; set --engine vllm_server")
             return
-        self.vllm.validate()
-        self._require_use("generation_tokens", self.generates_itself, "engine transformers; a server bounds its own memory")
-        if not self.lora.enabled and not (Path(self.model.path) / "adapter_config.json").is_file():
-            raise ConfigError(
-                "engine: only an adapter is sent to a vLLM server, and all weights are trained (lora.r 0); set --lora.r 16, or "
-                "--engine transformers"
-            )
+        self._require_use("generation_tokens", self.generates_itself, "engine transformers; vLLM bounds its own memory")
         if self.lora.modules_to_save:
             raise ConfigError(
                 "lora.modules_to_save: vLLM takes no adapter with whole layers in it; leave it out, or set --engine transformers"
             )
+        if self.engine == "vllm":
+            self.vllm_local.validate()
+            if self.model.quantization:
+                raise ConfigError(
+                    "model.quantization: vLLM in this process would answer by the unquantized weights; set --engine transformers"
+                )
+            return
+        self.vllm.validate()
+        if not self.lora.enabled and not (Path(self.model.path) / "adapter_config.json").is_file():
+            raise ConfigError(
+                "engine: only an adapter is sent to a vLLM server, and all weights are trained (lora.r 0); set --lora.r 16, or "
+                "--engine vllm or transformers"
+            )
+
+    def _require_drawable(self, option: str) -> None:
+        """vLLM raises lower temperatures to 0.01, and refuses higher ones."""
+        self._require(option, self.engine == "transformers" or 0.01 <= getattr(self, option) <= 2, "from 0.01 to 2, which vLLM draws at")
 
     def _require_room(self, row: int, prompt: int) -> None:
         """Raise ConfigError unless the longest prompt, `prompt` tokens in the data's row `row`, and the longest answer fit together."""

@@ -62,6 +62,7 @@ class GKDConfig(AnswerConfig, DistillConfig):
         self._require("nll_weight", not self.nll_weight, "0: the model's own answers are no texts to imitate (`fastalign distill` has it)")
         for option in _OF_ANSWERS:
             self._require_use(option, self.lmbda > 0 or self.seq_kd, "answers: lmbda above 0, or seq_kd")
+        self._require_drawable("sampling_temperature")
         self._require("sampling_temperature", 0 < self.sampling_temperature < float("inf"), "positive and finite")
         self._require_use("engine", self.lmbda > 0, "answers of the model's own: lmbda above 0")
         if self.prompts_only:
@@ -165,6 +166,7 @@ class GKD(Distill):
     def _answers(self, engine: Engine, prompts: Sequence[Sample], draw: int) -> list[Completion]:
         engine.sync()
         answers = engine.generate([_asked(sample) for sample in prompts], self.sampling, seed=(self.config.seed, draw))
+        engine.rest()
         return [_before(answer, len(self.head.weight)) for answer in answers]
 
     def _measure(self, samples: Sequence[Sample]) -> dict[str, float]:

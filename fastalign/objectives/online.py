@@ -66,6 +66,7 @@ class OnlineConfig(AnswerConfig):
             self._require(option, getattr(self, option) >= 1, "at least 1")
         self._require("refill", self.refill >= 0, "0 or more")
         self._require("temperature", 0 < self.temperature < math.inf, "positive and finite")
+        self._require_drawable("temperature")
         self._require("top_k", self.top_k >= 0, "0 or more")
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         self._require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")

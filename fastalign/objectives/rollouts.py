@@ -180,6 +180,7 @@ class Rollout:
             for i, completion in zip(again, anew):
                 done[i] = completion
             draws[[i // size for i in again[::size]]] += 1
+        self.engine.rest()
         rollouts = Rollouts(
             prompts=torch.tensor([prompt.index for prompt in asked]),
             tokens=torch.tensor([token for c in done for token in c.tokens]),

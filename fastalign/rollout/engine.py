@@ -39,6 +39,9 @@ class Engine(Protocol):
         A prompt that is there twice is sampled twice. Depends on nothing but the weights and the arguments.
         """
 
+    def rest(self) -> None:
+        """Nothing is asked until the next `sync`: memory that only answers need may be given back."""
+
 
 class TransformersEngine:
     """The trained model itself, by Transformers' generation: there is nothing to sync. `max_tokens` bounds a batch and its cache."""
@@ -51,6 +54,9 @@ class TransformersEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: Sequence[int]) -> list[Completion]:
         return generate_by_ranks(self.model, prompts, seed=seed, max_tokens=self.max_tokens, **asdict(sampling))
+
+    def rest(self) -> None:
+        pass
 
 
 class FirstRank:
@@ -71,6 +77,10 @@ class FirstRank:
             if ranks.is_first:
                 done = self.engine.generate(prompts, sampling, seed=seed)
         return ranks.gather(done)[0]
+
+    def rest(self) -> None:
+        if current().is_first:
+            self.engine.rest()
 
 
 def generate_by_ranks(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:

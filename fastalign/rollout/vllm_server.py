@@ -13,12 +13,10 @@ what the old weights made of the prompt.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -27,17 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from platform import node
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
-from safetensors import SafetensorError
 
-from fastalign.errors import ConfigError, OutputError, RolloutError
-from fastalign.models.save import save_final
+from fastalign.errors import ConfigError, RolloutError
 from fastalign.rollout.engine import Sampling
 from fastalign.rollout.generate import Completion
+from fastalign.rollout.versions import Versions
 
 logger = logging.getLogger("fastalign")
 
@@ -163,30 +158,20 @@ class VLLMServerEngine:
     """
 
     def __init__(self, model: Any, config: VLLMServerConfig, *, output: str | Path) -> None:
-        self.model, self.config, self.server = model, config, Server(config)
-        self.folder = Path(config.adapter_folder or Path(output) / "adapters").resolve()
-        # Says whose versions are whose where runs share a folder or a server; what a killed process left behind is this run's, too.
-        self.run = f"fastalign-{hashlib.sha256(f'{node()}:{Path(output).resolve()}'.encode()).hexdigest()[:8]}"
-        self.process, self.version = uuid4().hex[:8], 0
+        self.config, self.server = config, Server(config)
+        self.versions = Versions(model, config.adapter_folder or Path(output) / "adapters", output=output)
         self.adapter: str | None = None
         self.checked = False
 
     def sync(self) -> None:
-        old = {path.name for path in self.folder.glob(f"{self.run}-*")}
-        if not self.version:
-            old |= {name for name in self.server.names() if name.startswith(f"{self.run}-")}
+        old = set(self.versions.old())
+        if not self.versions.count:
+            old |= {name for name in self.server.names() if name.startswith(f"{self.versions.run}-")}
         for name in sorted(old):
             self.server.unload(name)  # first: a server with room for one adapter drops it for the new one, and cannot unload it then
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        self.version += 1
-        self.adapter = f"{self.run}-{self.process}-{self.version}"
-        path = self.folder / self.adapter
-        try:
-            save_final(self.model, None, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"{path}: cannot write the adapter for the server ({error}); make room or set --vllm.adapter_folder"
-            ) from error
+            self.versions.drop(name)
+        path = self.versions.write("vllm.adapter_folder")
+        self.adapter = path.name
         try:
             self.server.load(self.adapter, path)
         except Refused as error:
@@ -201,6 +186,9 @@ class VLLMServerEngine:
             self.checked = True
         with ThreadPoolExecutor(min(self.config.workers, len(prompts))) as pool:
             return list(pool.map(lambda i: self._answer(prompts[i], sampling, seed_of(seed, i)), range(len(prompts))))
+
+    def rest(self) -> None:
+        pass
 
     def _answer(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Completion:
         body = {
@@ -240,20 +228,9 @@ class VLLMServerEngine:
             raise ValueError(f"answered by {reply['model']!r}, not by the adapter {self.adapter!r}; see to it that no proxy renames models")
         if not tokens:
             raise ValueError("a reply without token_ids; vLLM 0.10.2 or later is needed, and no proxy that drops fields")
-        if not logps or len(logps) != len(tokens) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in logps):
-            got = "none" if not logps else f"{len(logps)}, or one that is no number"
-            raise ValueError(f"a reply of {len(tokens)} tokens with log-probs: {got}; let the server give one for each")
         if choice.get("prompt_token_ids") not in (None, list(prompt)):
             raise ValueError("the prompt that was answered is not the one that was asked; let the server neither cut nor change it")
-        finished = tokens[-1] == sampling.eos_token_id
-        whole = finished or len(tokens) == sampling.max_new_tokens
-        if not whole or len(tokens) > sampling.max_new_tokens or sampling.eos_token_id in tokens[:-1]:
-            raise ValueError(
-                f"an answer of {len(tokens)} tokens that ended by {choice.get('finish_reason')!r}, where it should have "
-                f"{sampling.max_new_tokens} or end with the token {sampling.eos_token_id}; raise the server's --max-model-len, "
-                "and give it no stop tokens of its own"
-            )
-        return Completion(tuple(int(token) for token in tokens), tuple(float(x) for x in logps), finished)
+        return completion(tokens, logps, sampling, ended_by=choice.get("finish_reason"))
 
     def _check_mode(self, prompt: Sequence[int], eos_token_id: int) -> None:
         """Of one token that can be drawn, the processed log-prob is 0; the raw one is not. A tie of two may be drawn, so most must be."""
@@ -276,6 +253,22 @@ def check_server(config: VLLMServerConfig, model: str) -> None:
         raise RolloutError(f"{server.url}/models: no list of models; set --vllm.url to that of a vLLM server") from error
     if wanted not in names:
         raise RolloutError(f"{server.url}: serves no model {wanted!r} but {', '.join(names) or 'none'}; set --vllm.model, or --vllm.url")
+
+
+def completion(tokens: Sequence[int], logps: Sequence[Any] | None, sampling: Sampling, *, ended_by: object) -> Completion:
+    """What vLLM drew. Raises ValueError, naming the remedy, unless it is whole, with a log-prob for each token."""
+    if not logps or len(logps) != len(tokens) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in logps):
+        got = "none" if not logps else f"{len(logps)}, or one that is no number"
+        raise ValueError(f"a reply of {len(tokens)} tokens with log-probs: {got}; let the server give one for each")
+    finished = tokens[-1] == sampling.eos_token_id
+    whole = finished or len(tokens) == sampling.max_new_tokens
+    if not whole or len(tokens) > sampling.max_new_tokens or sampling.eos_token_id in tokens[:-1]:
+        raise ValueError(
+            f"an answer of {len(tokens)} tokens that ended by {ended_by!r}, where it should have "
+            f"{sampling.max_new_tokens} or end with the token {sampling.eos_token_id}; raise the server's --max-model-len, "
+            "and give it no stop tokens of its own"
+        )
+    return Completion(tuple(int(token) for token in tokens), tuple(float(x) for x in logps), finished)
 
 
 def seed_of(seed: Sequence[int], place: int) -> int:

@@ -309,7 +309,7 @@ def test_a_server_that_takes_no_adapters(place: Path, tmp_path: Path) -> None:
         with pytest.raises(RolloutError, match=r"let it read .*--max-lora-rank of at least lora\.r"):
             engine.sync()
         (tmp_path / "file").write_text("")
-        with pytest.raises(OutputError, match="cannot write the adapter"):
+        with pytest.raises(OutputError, match="cannot write the weights"):
             engine_of(place, tmp_path, url=server.url, adapter_folder=str(tmp_path / "file" / "no")).sync()
 
 
@@ -336,7 +336,7 @@ def test_a_server_that_is_not_there_or_serves_something_else(place: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora": LoraConfig()}, r"all weights are trained \(lora.r 0\); set --lora.r 16, or --engine transformers"),
+        ({"lora": LoraConfig()}, r"all weights are trained \(lora.r 0\); set --lora.r 16, or --engine vllm"),
         ({"lora": LoraConfig(r=4, modules_to_save=["lm_head"])}, "lora.modules_to_save"),
         ({"generation_tokens": 100}, "generation_tokens"),
         ({"engine": "transformers"}, "set --engine vllm_server"),

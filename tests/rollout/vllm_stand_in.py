@@ -122,7 +122,7 @@ class StandIn:
         if body["model"] not in self.adapters:
             return error(404, f"The model `{body['model']}` does not exist.")
         self.model.set_adapter(self.loads[0] if self.stale else body["model"])
-        tokens, logps, reason = self.sample(body)
+        tokens, logps, reason = sample(self.model, body, raw=self.raw, model_eos=self.model_eos)
         choice = {
             "index": 0,
             "text": "",
@@ -135,28 +135,29 @@ class StandIn:
         self.change(choice)
         return 200, {"id": "cmpl-1", "object": "text_completion", "created": 0, "model": body["model"], "choices": [choice]}
 
-    @torch.no_grad()
-    def sample(self, body: dict[str, Any]) -> tuple[list[int], list[float], str]:
-        """In vLLM's order: temperature, min_p, top_k, top_p. A token after another, without a cache."""
-        rng = torch.Generator().manual_seed(body["seed"])
-        stop = {*body.get("stop_token_ids", []), *([] if body.get("ignore_eos") else [self.model_eos])}
-        tokens: list[int] = []
-        logps: list[float] = []
-        for _ in range(body["max_tokens"]):
-            scores = self.model(torch.tensor([[*body["prompt"], *tokens]])).logits[0, -1].float()
-            raw = scores.log_softmax(-1)
-            p = (scores / body.get("temperature", 1.0)).softmax(-1)
-            p = p * (p >= body.get("min_p", 0.0) * p.max())
-            if k := body.get("top_k", 0):
-                p = p * (p >= p.topk(k).values[-1])
-            ordered, order = (p / p.sum()).sort(descending=True)
-            p = torch.zeros_like(p).scatter(0, order, ordered * (ordered.cumsum(0) - ordered < body.get("top_p", 1.0)))
-            token = int(torch.multinomial(p / p.sum(), 1, generator=rng))
-            tokens.append(token)
-            logps.append(float(raw[token] if self.raw else (p / p.sum()).log()[token]))
-            if token in stop:
-                return tokens, logps, "stop"
-        return tokens, logps, "length"
+
+@torch.no_grad()
+def sample(model: Any, body: dict[str, Any], *, raw: bool, model_eos: int) -> tuple[list[int], list[float], str]:
+    """(tokens, log-probs, reason), in vLLM's order: temperature, min_p, top_k, top_p. A token after another, without a cache."""
+    rng = torch.Generator().manual_seed(body["seed"])
+    stop = {*body.get("stop_token_ids", []), *([] if body.get("ignore_eos") else [model_eos])}
+    tokens: list[int] = []
+    logps: list[float] = []
+    for _ in range(body["max_tokens"]):
+        scores = model(torch.tensor([[*body["prompt"], *tokens]])).logits[0, -1].float()
+        unprocessed = scores.log_softmax(-1)
+        p = (scores / body.get("temperature", 1.0)).softmax(-1)
+        p = p * (p >= body.get("min_p", 0.0) * p.max())
+        if k := body.get("top_k", 0):
+            p = p * (p >= p.topk(k).values[-1])
+        ordered, order = (p / p.sum()).sort(descending=True)
+        p = torch.zeros_like(p).scatter(0, order, ordered * (ordered.cumsum(0) - ordered < body.get("top_p", 1.0)))
+        token = int(torch.multinomial(p / p.sum(), 1, generator=rng))
+        tokens.append(token)
+        logps.append(float(unprocessed[token] if raw else (p / p.sum()).log()[token]))
+        if token in stop:
+            return tokens, logps, "stop"
+    return tokens, logps, "length"
 
 
 def error(status: int, message: str) -> tuple[int, Any]:
