@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from bench.provenance import Measured
 from bench.table import facts
 
 TITLE = "What is paid beside the steps: unfilled bins, resuming, starting"
@@ -20,7 +21,7 @@ PARTS = {"packing": "Packing", "resume": "First step of a run", "start": "Start"
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Measured):
     """The columns of the CSV file: one measurement."""
 
     part: str  # of PARTS
@@ -30,11 +31,6 @@ class Cost:
     value: float
     unit: str  # share, or seconds
     workload: str = ""
-    machine: str = ""
-    system: str = ""
-    versions: str = ""
-    commit: str = ""
-    command: str = ""
 
 
 def page(costs: list[Cost]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.provenance import Measured
 from bench.table import facts
 from bench.training_sides import SIDES as TRAINING_SIDES
 from bench.training_sides import Side
@@ -26,7 +27,7 @@ MEMORY = {
 
 
 @dataclass(frozen=True)
-class Rung:
+class Rung(Measured):
     """The columns of the CSV file: one search."""
 
     device: str
@@ -39,11 +40,6 @@ class Rung:
     too_long_growth_mib: float | None
     runs: int = 0  # processes so far, those of smaller limits included
     workload: str = ""
-    machine: str = ""
-    system: str = ""
-    versions: str = ""
-    commit: str = ""
-    command: str = ""
 
 
 def title(device: str) -> str:

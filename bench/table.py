@@ -18,7 +18,8 @@ def write(path: Path, rows: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(records[0]) if records else [])
+        last = (*FACTS, "command")  # a base class has them, whose fields a dataclass puts first
+        writer = csv.DictWriter(file, sorted(records[0], key=lambda name: name in last) if records else [])
         writer.writeheader()
         writer.writerows({name: _short(value) for name, value in record.items()} for record in records)
     beside.replace(path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.provenance import Measured
 from bench.training_sides import Recording
 
 WARMUP_STEPS = 2  # not timed: first allocations
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Measured):
     training: str
     side: str
     repeat: int
@@ -25,11 +26,6 @@ class Measurement:
     rss_growth_mib: float
     workload: str = ""  # model and data, in words
     checked: str = ""  # what both sides agreed in before
-    machine: str = ""
-    system: str = ""
-    versions: str = ""
-    commit: str = ""
-    command: str = ""
 
     @classmethod
     def of(cls, record: Recording, training: str, side: str, repeat: int, **about: str) -> Measurement:
