@@ -26,6 +26,7 @@ from bench.head_rows import Row
 from bench.head_sides import LOSSES, REFERENCED, TASKS, Absent, Outcome, Run, Side, gold_loss, sides_of
 from bench.machine import command, describe
 from bench.meter import Meter
+from bench.plot import draw_head, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 Shape = tuple[int, int, int]
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
 
     def save() -> None:
         table.write(file, rows.values())
-        page.write_text(head_page.page(list(rows.values())), encoding="utf-8")
+        publish(file, head_page.page(list(rows.values())), draw_head(list(rows.values())))
 
     bench = Bench(device, options.repeats, options.sides)
     bench.late_after = None if options.limit is None else started + options.limit

@@ -17,6 +17,7 @@ import torch
 from bench import ladder_page, table
 from bench.ladder_page import SIDES, Rung
 from bench.machine import command, describe
+from bench.plot import draw_ladder, publish
 from bench.training import RANK, RANKS, ROOT, check_steps, run, write_data
 from bench.training_sides import TASKS, Recording, Spec
 from bench.workload import QUICK, Shape, write_adapter, write_model, write_pairs
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
     file = options.output / f"ladder_{options.device}.csv"
     table.write(file, rows)
     text = ladder_page.page(rows)
-    file.with_suffix(".md").write_text(text, encoding="utf-8")
+    publish(file, text, draw_ladder(rows))
     print(text)
     return 0
 

@@ -1,4 +1,4 @@
-"""bench/RESULTS.md and the pages in bench/results/, from the CSV files there: `python -m bench results`."""
+"""bench/RESULTS.md, and the pages and pictures in bench/results/, from the CSV files there: `python -m bench results`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from bench import costs_page, head_page, ladder_page, patched_page, serve_page, 
 from bench.costs_page import Cost
 from bench.head_rows import Row
 from bench.ladder_page import Rung
+from bench.plot import draw_head, draw_ladder, draw_training, embedded
 from bench.serve_page import Latency
 from bench.training_rows import Measurement
 from bench.training_sides import TASKS
 
 FOLDER = Path(__file__).with_name("results")
+DRAWN = ("head_", "ladder_", *(f"{name}_" for name in TASKS))  # pages with a picture
 HEAD = """# Results
 
 Written by `python -m bench results` from the CSV files in [results/](results/), which hold every run; how each was measured is on the
@@ -23,8 +25,10 @@ page beside its file. Every side had to give the right answer before it was time
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench results", description=__doc__)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the CSV files; RESULTS.md is written beside it")
-    for path, text in pages(parser.parse_args(argv).results).items():
-        path.write_text(text, encoding="utf-8")
+    folder = parser.parse_args(argv).results
+    drawn = pictures(folder)
+    for path, content in {**pages(folder), **drawn}.items():
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
         print(path)
     return 0
 
@@ -58,7 +62,22 @@ def pages(folder: Path) -> dict[Path, str]:
         rows = table.read(file, Row)
         found[file.with_suffix(".md")] = head_page.page(rows)
         lines += _section(file, head_page.TITLE, [*table.facts(rows), "", *head_page.section(rows)])
+    found = {path: embedded(path, text) if path.name.startswith(DRAWN) else text for path, text in found.items()}
     return found | {folder.parent / "RESULTS.md": "\n".join(lines) + "\n"}
+
+
+def pictures(folder: Path) -> dict[Path, bytes]:
+    """The picture of every page that has one, by its path."""
+    found = {}
+    for file in sorted(folder.glob("*.csv")):
+        name = file.stem.partition("_")[0]
+        if name in TASKS:
+            found[file.with_suffix(".png")] = draw_training(table.read(file, Measurement))
+        elif name == "ladder":
+            found[file.with_suffix(".png")] = draw_ladder(table.read(file, Rung))
+        elif name == "head":
+            found[file.with_suffix(".png")] = draw_head(table.read(file, Row))
+    return found
 
 
 def _section(file: Path, title: str, lines: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench import table, training_page
 from bench.machine import command, describe
+from bench.plot import draw_training, publish
 from bench.training_rows import Measurement
 from bench.training_sides import SIDES, TASKS, Recording, Spec, Task
 from bench.workload import QUICK, Shape, write_adapter, write_model, write_pairs, write_rollouts, write_single
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
     file = options.output / f"{name}_cpu.csv"
     table.write(file, results)
     text = training_page.page(name, results)
-    file.with_suffix(".md").write_text(text, encoding="utf-8")
+    publish(file, text, draw_training(results))
     print(text)
     return 0
 

@@ -14,6 +14,7 @@ import torch
 from bench import results, table, training, training_page
 from bench.__main__ import main
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
+from bench.plot import draw_training
 from bench.training_rows import Measurement
 from bench.training_sides import SIDES, TASKS, Recording, real_tokens
 from bench.workload import QUICK, Shape, write_model, write_pairs, write_rollouts
@@ -174,6 +175,18 @@ def test_pages_are_those_of_the_results():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is not up to date: run `python -m bench results`"
 
 
+def test_every_page_with_a_picture_has_it_and_a_picture_shows_its_rows():
+    drawn = results.pictures(results.FOLDER)
+    assert {path.name for path in drawn} == {path.name for path in results.FOLDER.glob("*.png")} and len(drawn) >= 6
+    for path, picture in drawn.items():
+        assert picture.startswith(b"\x89PNG") and f"]({path.name})" in path.with_suffix(".md").read_text()
+    file = results.FOLDER / "dpo_cpu.csv"
+    rows = table.read(file, Measurement)
+    assert drawn[file.with_suffix(".png")] == draw_training(rows), "the same rows gave other bytes"
+    faster = [replace(row, tokens_per_second=2 * row.tokens_per_second) if row.side == "fastalign" else row for row in rows]
+    assert drawn[file.with_suffix(".png")] != draw_training(faster)
+
+
 def test_results_are_one_page_with_a_table_per_file(tmp_path, capsys):
     folder = tmp_path / "results"
     rows = [
@@ -182,7 +195,7 @@ def test_results_are_one_page_with_a_table_per_file(tmp_path, capsys):
     table.write(folder / "grpo_cpu.csv", rows)
     assert table.read(folder / "grpo_cpu.csv", Measurement) == rows
     assert main(["results", "--results", str(folder)]) == 0
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["RESULTS.md", "grpo_cpu.csv", "grpo_cpu.md"]
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["RESULTS.md", "grpo_cpu.csv", "grpo_cpu.md", "grpo_cpu.png"]
     page = (tmp_path / "RESULTS.md").read_text()
     assert page.count("## The update of GRPO on a CPU: fastalign and TRL") == page.count("\n## ") == 1
     assert "[grpo_cpu.csv](results/grpo_cpu.csv), [page](results/grpo_cpu.md)" in page
