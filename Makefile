@@ -53,6 +53,7 @@ test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser tests/serve
 
 test-service: $(READY)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt schemathesis
 	$(BIN)/python -m pytest -m "slow and not browser" tests/serve
 
 test-matrix: $(READY)

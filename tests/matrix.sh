@@ -4,7 +4,7 @@
 # TRL is left out: no single version of it covers both sets. The test files that compare with it belong to `make test`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-tools=(pytest pytest-timeout pytest-benchmark hypothesis psutil)
+tools=(pytest pytest-timeout pytest-benchmark hypothesis psutil starlette uvicorn httpx openai)
 read -ra tests <<<"${MATRIX_TESTS:-tests fastalign}"
 read -ra extra <<<"${PYTEST_ARGS:-}"
 without_trl=(--ignore=tests/parity)

@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fastalign.data.messages import Message
 from fastalign.data.templates import TemplateTraits
@@ -52,7 +53,7 @@ class Chat:
         reply = _Reply(self, chat, Job(self.engine.rows(prompt, chat.n, sampling), mailbox.deliver), caller)
         self.engine.submit(reply.job)
         if chat.stream:
-            return StreamingResponse(reply.stream(mailbox), headers=HEADERS, media_type="text/event-stream")
+            return _EventStream(reply.stream(mailbox, request), headers=HEADERS, media_type="text/event-stream")
         return await reply.whole(mailbox, request)
 
     def render(self, messages: list[Message]) -> list[int]:
@@ -75,6 +76,18 @@ class Chat:
             told = f"this model's window is {window} tokens; the conversation has {prompt}{asked}: shorten it"
             raise ApiError(400, told, param="messages", code="context_length_exceeded")
         return wanted or min(self.config.max_new_tokens, window - prompt)
+
+
+class _EventStream(StreamingResponse):
+    """A stream whose content itself watches for the client to leave: whether Starlette does depends on what the server says of itself."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        content: Any = self.body_iterator
+        try:
+            with suppress(ClientGoneError, OSError):
+                await self.stream_response(send)
+        finally:
+            await content.aclose()
 
 
 class _Mailbox:
@@ -131,13 +144,14 @@ class _Reply:
         ]
         return json_response({**self._head("chat.completion"), "choices": choices, "usage": self._usage()})
 
-    async def stream(self, mailbox: _Mailbox) -> AsyncIterator[str]:
+    async def stream(self, mailbox: _Mailbox, request: Request) -> AsyncIterator[str]:
         """Server-sent events, a chunk per step and answer; an error after the first one becomes an event, too."""
         sent = [0] * len(self.job.rows)  # tokens of each answer that the client has heard of
         left = len(sent)
+        gone = asyncio.ensure_future(_disconnected(request))
         try:
             while left:
-                for piece in await mailbox.pieces():
+                for piece in await _unless(gone, mailbox.pieces):
                     row = piece.row
                     if not sent[row.index]:
                         yield self._chunk(row, {"role": "assistant", "content": ""})
@@ -152,12 +166,15 @@ class _Reply:
             if self.asked.include_usage:
                 yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
+        except ClientGoneError:
+            raise
         except Exception as error:
             known = as_api_error(error)
             if known.status == 500:
                 log.error("unexpected %s: %s", type(error).__name__, error, exc_info=error)
             yield _event(known.body)
         finally:
+            gone.cancel()
             self.job.cancel()
 
     def _head(self, kind: str) -> dict[str, Any]:
