@@ -132,6 +132,8 @@ class OnlineConfig(RunConfig):
     def make_engine(self, model: Any) -> Engine:
         """What answers prompts by the weights of `model`."""
         if self.engine == "vllm_server":
+            if current().size > 1 and self.parallel.shard == "full":
+                raise ConfigError("engine vllm_server is given whole weights; with several processes set --parallel.shard optimizer")
             return FirstRank(VLLMServerEngine(model, self.vllm, output=self.output))
         return TransformersEngine(model, max_tokens=self.generation_tokens)
 
