@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastalign.data.tokenizer import context_window
 from fastalign.errors import ConfigError
 from fastalign.objectives.base import RunConfig
+from fastalign.ranks import current
 from fastalign.rollout.engine import Engine, FirstRank, TransformersEngine
 from fastalign.rollout.vllm_local import VLLMEngine, VLLMLocalConfig, load_vllm
 from fastalign.rollout.vllm_server import VLLMServerConfig, VLLMServerEngine, check_server
@@ -45,6 +46,8 @@ class AnswerConfig(RunConfig):
     def make_engine(self, model: Any) -> Engine:
         """What answers prompts by the weights of `model`, which is the one that is trained."""
         if self.engine == "vllm_server":
+            if current().size > 1 and self.parallel.shard == "full":
+                raise ConfigError("engine vllm_server is given whole weights; with several processes set --parallel.shard optimizer")
             return FirstRank(VLLMServerEngine(model, self.vllm, output=self.output))
         if self.engine == "vllm":
             room = min(self.max_tokens, context_window(self.model.path) or self.max_tokens)

@@ -219,6 +219,8 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def _divide_layers(model: nn.Module, mesh: Any, config: RunConfig) -> list[Any]:
     """FSDP2 for the layers of the decoder, each a group; the other weights stay as they are."""
     trunk = decoder(causal_lm(model))
+    if config.model.quantization:
+        raise ConfigError("parallel.shard full cannot divide 4-bit weights; set --parallel.shard optimizer")
     stacks = [module for module in trunk.children() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise ModelError(f"{type(trunk).__name__} has no list of layers that could be divided; set --parallel.shard optimizer")
@@ -227,6 +229,11 @@ def _divide_layers(model: nn.Module, mesh: Any, config: RunConfig) -> list[Any]:
     outside = {p for p in trunk.parameters() if id(p) not in inside}
     if any(id(p) in inside for module in model.modules() if module not in set(trunk.modules()) for p in module._parameters.values()):
         raise ModelError(f"{type(trunk).__name__} shares weights of its layers; set --parallel.shard optimizer")
+    if any(isinstance(part, nn.ModuleList) and "expert" in name for name, part in trunk.named_modules()):
+        raise ModelError(
+            f"{type(trunk).__name__} has its experts one by one, and which of them get a gradient differs between processes, which "
+            "parallel.shard full cannot bear; set it to optimizer"
+        )
     for layer in layers:
         notes = {name: getattr(p, "rate_factor", None) for name, p in layer.named_parameters()}
         policy = _precision(layer, config)

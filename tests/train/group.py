@@ -41,6 +41,7 @@ from fastalign.objectives.reward import RewardConfig
 from fastalign.objectives.rloo import RLOOConfig
 from fastalign.objectives.sft import SFTConfig
 from fastalign.ranks import ParallelConfig
+from fastalign.train.distributed import Divided
 
 Make = Callable[[Path], tuple[type[RunConfig], dict[str, Any]]]
 LORA = LoraConfig(r=4, targets=["all-linear", "lm_head"])
@@ -229,10 +230,22 @@ def keep_what_was_loaded() -> None:
     fastalign.train.loop._Run._step = first  # type: ignore[method-assign]
 
 
+def idle_more() -> None:
+    """Let every process whose layers others wait for run one bin more for nothing: nothing may come of it, in any algorithm."""
+    idle = Divided.idle
+
+    def more(weights: Divided, bins: Any, index: int) -> Any:
+        shortest = min((members for own in bins for members in own), key=len)
+        return [*idle(weights, bins, index), *([shortest] if weights.in_step else [])]
+
+    Divided.idle = more  # type: ignore[method-assign]
+
+
 def main() -> None:
     torch.distributed.init_process_group("gloo")  # once for all runs
     quiet()
     keep_what_was_loaded()
+    idle_more()
     run(Path(sys.argv[1]), sys.argv[2:], int(os.environ["WORLD_SIZE"]))
     torch.distributed.destroy_process_group()
 

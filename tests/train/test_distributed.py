@@ -13,14 +13,19 @@ import pytest
 import torch
 from group import CASES, config, inputs, place, run
 from safetensors.torch import load_file
+from tiny import tiny_model
 from torch import Tensor
 
 import fastalign.train.loop
 from fastalign import train
 from fastalign.cli import ALGORITHMS
-from fastalign.errors import ConfigError
-from fastalign.ranks import ParallelConfig
+from fastalign.errors import ConfigError, ModelError
+from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.objectives.dpo import DPOConfig
+from fastalign.objectives.grpo import GRPOConfig
+from fastalign.ranks import ParallelConfig, Ranks
 from fastalign.train.checkpoint import list_checkpoints, load_tensors
+from fastalign.train.distributed import _divide_layers
 from fastalign.train.metrics import read_metrics
 from fastalign.train.step import deal, micro_batches
 from fastalign.types import Sample
@@ -260,3 +265,27 @@ def test_options_of_several_processes_are_not_ignored_by_one(folder: Path, tmp_p
         ParallelConfig(replicas=3).check(4)
     with pytest.raises(ConfigError, match=r"parallel\.shard must be full or optimizer"):
         ParallelConfig(shard="some").validate()  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_divided_is_refused_with_a_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: Any, made: Any, match: str) -> None:
+        with pytest.raises((ConfigError, ModelError), match=match + ".*optimizer"):
+            _divide_layers(model, None, made)
+
+    made = DPOConfig(model=ModelConfig(path="model", quantization="nf4"), output="run")
+    refuse(tiny_model("llama"), made, "4-bit")
+    made.model.quantization = None
+    mixed = tiny_model("llama", dtype=torch.bfloat16)
+    mixed.model.layers[0].input_layernorm.float()
+    refuse(mixed, made, "layers of one dtype")
+    separate = tiny_model("llama")
+    separate.model.layers[1].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    refuse(separate, made, "experts one by one")
+
+    class Pair(Ranks):
+        size = 2
+
+    monkeypatch.setattr("fastalign.ranks._current", Pair())
+    server = GRPOConfig(engine="vllm_server", lora=LoraConfig(r=4), output="run")
+    with pytest.raises(ConfigError, match=r"vllm_server is given whole weights.*optimizer"):
+        server.make_engine(tiny_model("llama"))
