@@ -37,14 +37,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "full, reference copy": {"reference": "copy"},
     "full, 16 MiB of logits": {"logits_budget": 16 * MIB},
     "full, bfloat16": {"model.dtype": "bfloat16"},
+    "full, bfloat16, 8 bits": {"model.dtype": "bfloat16", "optimizer": "adamw_8bit"},
+    "full, 8 bits": {"optimizer": "adamw_8bit"},
+    "full, bfloat16, rounded": {"model.dtype": "bfloat16", "master_weights": False, "stochastic_rounding": True},
+    "full, in the backward": {"update_in_backward": True, "max_grad_norm": None, "max_tokens": 8192},
+    "full, offloaded": {"optimizer": "adamw_offload"},
     "LoRA": {"lora.r": 16},
     "LoRA, checkpointing": {"lora.r": 16, "model.gradient_checkpointing": True},
     "LoRA, cached reference": {"lora.r": 16, "reference": "cache", "max_tokens": 2048},
 }
 
 NOTE = """\
-In bfloat16 on a CPU memory grows with the number of different sequence lengths, which is not predicted: a trunk's backward over 74
-sequences took 139 MiB where their lengths differed, and over 64 sequences of one length, of like total, 18 MiB."""
+In bfloat16 on a CPU, oneDNN compiles every product for its shape and keeps up to 1024 of them, 0.6 MiB each: counted by the shapes of the
+micro-batches (`fastalign/train/onednn.py`). Two steps have compiled 546 before the micro-batch of the peak; a long run has them all."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,9 @@ def child(spec: dict[str, Any]) -> tuple[float, float]:
             order = Order.of(self, len(data.samples))
             steps = [[data.samples[i] for i in order.samples_of(step)] for step in range(STEPS)]
             found = footprint_of_steps(model, self, steps, max_tokens=self.max_tokens)
-            there = 0  # of the optimizer, made already
+            there = found.parts["float32 copies of weights"]  # of the optimizer, made already
             for weight in model.parameters():
-                there += 8 * weight.numel() if hasattr(weight, "main_grad") else 0
+                there += 4 * weight.numel() if hasattr(weight, "main_grad") else 0
             predicted[0] = (found.growth - there) / MIB
             meter.release()
             before[0] = peak_now()

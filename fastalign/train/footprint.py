@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,17 +24,21 @@ from fastalign.errors import ModelError
 from fastalign.head.function import PITCH
 from fastalign.head.plan import ROW_SCRATCH, Plan, make_plan
 from fastalign.models.embedding import accumulate_in_place
-from fastalign.models.trunk import causal_lm, trunk
+from fastalign.models.trunk import causal_lm, text_config, trunk
 from fastalign.objectives.base import RunConfig
-from fastalign.packing import collate, pack_samples, spared_tokens
+from fastalign.packing import collate, pack_samples
 from fastalign.train.flops import head_weight
-from fastalign.types import PackedBatch, Sample
+from fastalign.train.holdings import holdings, total
+from fastalign.train.onednn import CAPACITY, attention_blocks, compiled_bytes, product_key
+from fastalign.types import PackedBatch, Sample, SharedPrompts
 
 BYTES_IN_NF4 = 4.127 / 8  # of a weight: 4 bits, and its share of doubly quantized scales
+ELSEWHERE = 1 << 28  # bytes of logits scratch on a CUDA device that is not here: what `default_budget` gives one of 24 GB
+MOST_PIECES = 4096  # of the batch times layers: beyond them a batch of a few sequences is run instead, which is faster
 PIECES = 4  # sequences of the batch that is run: what they are cut into hardly changes what is kept
 
 # What holds memory, in the order of the table.
-WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD = PARTS = (
+WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UPDATE, COMPILED = PARTS = (
     "weights",
     "reference copy",
     "float32 copies of weights",
@@ -42,6 +47,8 @@ WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD = P
     "activations",
     "head",
     "temporaries of the backward",
+    "temporaries of the update",
+    "compiled products",
 )
 
 
@@ -51,6 +58,7 @@ class Footprint:
 
     parts: dict[str, int]
     moment: str  # "micro-batch" or "optimizer"
+    on_host: int = 0  # besides, in the host's memory
 
     @property
     def peak(self) -> int:
@@ -79,57 +87,89 @@ def footprint(
     rows: int | None = None,
     accumulates: bool = True,
     device: torch.device | str = "cpu",
+    batch: PackedBatch | None = None,
+    shapes: Shapes | None = None,
 ) -> Footprint:
     """The highest moment of steps of `model` (on any device, meta included) whose largest micro-batch has `tokens` tokens.
 
     rows         of them are scored; None: all
     accumulates  a step has several micro-batches, so that gradients of the first are there during the second
     device       that training runs on: it decides the head's slabs
+    batch        the micro-batch itself; None: a few sequences of the same length
+    shapes       of all micro-batches; None: they are many, as in a long run on data of many lengths
 
     From the second step on, that is: with the optimizer's state. The sampling of online training is not in it, nor the forward of a
     reference, which holds less than the step's own, nor what libraries and Python need. Raises ModelError for a model whose
     layers look into their tensors.
     """
-    rows = tokens if rows is None else rows
+    rows, device = tokens if rows is None else rows, torch.device(device)
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    masters = [p for p in trained.values() if config.master_weights and p.dtype != torch.float32]
+    each = {key: holdings(p, config, device) for key, p in trained.items()}
+    optimizer = total(each.values())
     weights = sum(map(_bytes, _tensors(model)))
     if config.model.quantization:
         weights -= sum(p.numel() * p.element_size() - round(BYTES_IN_NF4 * p.numel()) for p in _quantized(model))
     held = dict.fromkeys(PARTS, 0)
-    held[WEIGHTS] = weights
-    streamed = getattr(config, "reference", None) == "stream" and next(model.parameters()).device.type != "cpu"  # from host memory
-    held[REFERENCE] = weights if keeps_copy(config) and not streamed else 0
-    held[MASTERS] = sum(4 * p.numel() for p in masters)
-    copied = {id(p) for p in masters}
-    wide = {key: 4 if key in copied else p.element_size() for key, p in trained.items()}
-    held[MOMENTS] = sum(2 * wide[key] * p.numel() for key, p in trained.items())
-    gradients = sum(wide[key] * p.numel() for key, p in trained.items())
-    update = {**held, GRADIENTS: gradients}
+    streamed = getattr(config, "reference", None) == "stream" and device.type != "cpu"  # from host memory
+    held |= {WEIGHTS: weights, REFERENCE: weights if keeps_copy(config) and not streamed else 0}
+    held |= {MASTERS: optimizer.master, MOMENTS: optimizer.moments}
+    left = each  # whose gradients are there when the backward is over
+    if config.update_in_backward:
+        in_place = _added_to_in_place(model)
+        left = {key: h for key, h in each.items() if key in in_place}
+    update = {**held, GRADIENTS: total(left.values()).gradient, UPDATE: optimizer.update}
 
     try:
-        own = _run(model, config, copied, tokens, max(1, rows), accumulates, torch.device(device))
+        own = _run(model, config, batch or _batch(tokens), max(1, rows), accumulates, device, shapes)
     except Exception as error:  # whatever a model's own code makes of tensors without values
         name = type(causal_lm(model)).__name__
         raise ModelError(f"{name} cannot run on tensors without storage, so its memory is not predicted: {error}") from error
     step = {name: held[name] + own.get(name, 0) for name in PARTS}
-    return Footprint(step, "micro-batch") if sum(step.values()) >= sum(update.values()) else Footprint(update, "optimizer")
+    update[COMPILED] = step[COMPILED]
+    moment = "micro-batch" if sum(step.values()) >= sum(update.values()) else "optimizer"
+    return Footprint(step if moment == "micro-batch" else update, moment, optimizer.on_host)
+
+
+class Shapes:
+    """The shapes of the micro-batches of a run in turn, which count where products are compiled for their shapes (`onednn`)."""
+
+    def __init__(self) -> None:
+        self.tokens: set[int] = set()
+        self.blocks: set[tuple[int, int]] = set()
+        self.seen: list[tuple[int, int, int]] = []  # of each micro-batch: its tokens, and how many sizes and blocks there were before
+
+    def add(self, batch: PackedBatch) -> None:
+        tokens = len(batch.input_ids)
+        self.tokens.add(tokens)
+        self.seen.append((tokens, len(self.tokens), len(self.blocks)))
+        self.blocks |= attention_blocks(batch)
+
+    def compiled(self, products: int, activations: float, tokens: int) -> int:
+        """Bytes of compiled products at the highest moment, before the backward of a micro-batch: a later one has more, but may be smaller.
+
+        `activations` are those of `tokens` tokens, the most that there are.
+        """
+        found = [compiled_bytes(products, sizes, blocks) - activations * (1 - own / tokens) for own, sizes, blocks in self.seen]
+        return max(0, int(max(found)))
 
 
 def footprint_of_steps(model: nn.Module, config: RunConfig, steps: Iterable[Sequence[Sample]], *, max_tokens: int) -> Footprint:
     """The highest moment of these steps, by their largest micro-batch, on the device where `model` is."""
     share = config.share_prompts
-    tokens = rows = 0
-    accumulates = False
+    shapes, largest, size, accumulates = Shapes(), None, (0, 0), False
     for samples in steps:
         bins = [[samples[i] for i in members] for members in pack_samples(samples, max_tokens, share=share)]
         accumulates |= len(bins) > 1
         for members in bins:
-            spared = spared_tokens(members) if share else 0
-            held = sum(sample.num_tokens for sample in members) - spared, sum(sample.num_targets for sample in members)
-            tokens, rows = max((tokens, rows), held)
+            batch = collate(members, share=share)
+            shapes.add(batch)
+            if (held := (len(batch.input_ids), len(batch.live))) > size:
+                largest, size = batch, held
     device = next(model.parameters()).device
-    return footprint(model, config, tokens=tokens, rows=rows, accumulates=accumulates, device=device)
+    layers = getattr(text_config(causal_lm(model)), "num_hidden_layers", 1)
+    if largest is not None and len(largest.bounds) * layers > MOST_PIECES:
+        largest = None
+    return footprint(model, config, tokens=size[0], rows=size[1], accumulates=accumulates, device=device, batch=largest, shapes=shapes)
 
 
 def keeps_copy(config: Any) -> bool:
@@ -139,9 +179,11 @@ def keeps_copy(config: Any) -> bool:
 
 def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.device) -> Plan | None:
     """How the head would be computed for the policy; None of a model without one."""
-    weight = head_weight(model)
+    weight, budget = head_weight(model), config.logits_budget
     if weight is None:
         return None
+    if budget is None and device.type == "cuda" and not torch.cuda.is_available():
+        budget = ELSEWHERE
     return make_plan(
         rows,
         *weight.shape,
@@ -150,7 +192,7 @@ def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.devi
         head_grad=weight.requires_grad,
         local_loss=True,
         impl="auto" if device.type == "cpu" or torch.cuda.is_available() else "torch",
-        budget=config.logits_budget,
+        budget=budget,
     )
 
 
@@ -164,8 +206,11 @@ class Ledger(TorchDispatchMode):
         self.live: dict[str, int] = {}
         self.highest: dict[str, int] = {}
         self.total = self.peak = 0
+        self.products: set[Any] = set()  # what products in 16 bits are compiled for
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if key := product_key(func, args):
+            self.products.add(key)
         result = func(*args, **(kwargs or {}))
         pinned = bool(kwargs and kwargs.get("pin_memory"))  # an activation that waits in host memory (model.checkpoint_offload)
         for leaf in tree_leaves(result):
@@ -226,7 +271,13 @@ class _Head(torch.autograd.Function):
 
 
 def _run(
-    model: nn.Module, config: RunConfig, copied: set[int], tokens: int, rows: int, accumulates: bool, device: torch.device
+    model: nn.Module,
+    config: RunConfig,
+    example: PackedBatch,
+    rows: int,
+    accumulates: bool,
+    device: torch.device,
+    shapes: Shapes | None,
 ) -> dict[str, int]:
     """The parts of the highest moment of one micro-batch, on fake tensors."""
     plan = head_plan(model, config, rows, device)
@@ -235,24 +286,25 @@ def _run(
         with FakeTensorMode() as mode:
             fakes = {id(v): _fake(v) for v in _tensors(model)}
             fake = copy.deepcopy(model, dict(fakes))
-            weight, originals = head_weight(fake), {id(fakes[key]): key for key in fakes}
-            embedding = causal_lm(fake).get_input_embeddings()
-            in_place = {id(weight)} | ({id(embedding.weight)} if accumulate_in_place(embedding) else set())
+            weight = head_weight(fake)
+            in_place = _added_to_in_place(fake)
             ledger = Ledger()
             for value in fakes.values():
                 ledger.ignore(value)
             parameters = [p for p in fake.parameters() if p.requires_grad]
             for p in parameters:
-                with_copy = originals[id(p)] in copied
-                if with_copy or accumulates or id(p) in in_place:
-                    buffer = torch.empty(p.shape, dtype=torch.float32 if with_copy else p.dtype)
+                size = holdings(p, config, device).gradient
+                wide = size > _bytes(p)
+                if id(p) in in_place or accumulates or (wide and not config.update_in_backward):
+                    buffer = torch.empty(p.shape, dtype=torch.float32 if wide else p.dtype)
                     ledger.add(buffer, GRADIENTS)
-                    if with_copy:
+                    if wide:
                         p.main_grad = buffer  # type: ignore[attr-defined]
                     else:
                         p.grad = buffer
-                p.register_post_accumulate_grad_hook(lambda p: _accumulated(p, ledger))
-            batch = _moved(_batch(tokens), mode)
+                freed = config.update_in_backward and id(p) not in in_place
+                p.register_post_accumulate_grad_hook(partial(_accumulated, ledger, wide, freed))
+            batch = _moved(example, mode)
             fake.train()
             with ledger:
                 hidden = trunk(fake, batch).hidden
@@ -267,16 +319,37 @@ def _run(
                 del hidden
                 ledger.label = BACKWARD
                 loss.backward()
-            return ledger.highest
+            found = ledger.highest
+            if device.type == "cpu" and ledger.products:
+                products, tokens = len(ledger.products), len(example.input_ids)
+                if shapes is None:
+                    found[COMPILED] = compiled_bytes(products, CAPACITY, CAPACITY)
+                else:
+                    found[COMPILED] = shapes.compiled(products, found.get(ACTIVATIONS, 0), tokens)
+            return found
     finally:
         torch.set_rng_state(before)
 
 
-def _accumulated(p: Any, ledger: Ledger) -> None:
-    if hasattr(p, "main_grad"):  # its gradient was added there
-        p.grad = None
-    elif p.grad is not None:
+def _accumulated(ledger: Ledger, wide: bool, freed: bool, p: Any) -> None:
+    """What the optimizer's own hook does with a gradient."""
+    if p.grad is not None and not wide:
         ledger.add(p.grad, GRADIENTS)
+    elif p.grad is not None and not hasattr(p, "main_grad"):
+        p.main_grad = torch.empty(p.shape, dtype=torch.float32)
+        ledger.add(p.main_grad, GRADIENTS)
+    if wide or freed:
+        p.grad = None
+    if freed and hasattr(p, "main_grad"):
+        del p.main_grad
+
+
+def _added_to_in_place(model: nn.Module) -> set[int]:
+    """Weights of the head and the embedding, whose gradients have buffers all the time."""
+    embedding = causal_lm(model).get_input_embeddings()
+    head = head_weight(model)
+    found = {id(head)} if head is not None and head.requires_grad else set()
+    return found | ({id(embedding.weight)} if accumulate_in_place(embedding) else set())
 
 
 def _batch(tokens: int) -> PackedBatch:
@@ -285,9 +358,13 @@ def _batch(tokens: int) -> PackedBatch:
     return collate([Sample(k, (0,), ((0,) * (length - 1),)) for k, length in enumerate(lengths)])
 
 
-def _moved(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
-    values: dict[str, Any] = {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in vars(batch).items()}
-    return PackedBatch(**values)
+def _moved(value: Any, mode: FakeTensorMode) -> Any:
+    """A batch, or what prompts it shares, without storage."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, (PackedBatch, SharedPrompts)):
+        return replace(value, **{name: _moved(item, mode) for name, item in vars(value).items()})
+    return value
 
 
 def _fake(value: Tensor) -> Tensor:

@@ -53,9 +53,7 @@ def plan(config: RunConfig, *, scored: float = 1.0) -> Outlook:
         raise ConfigError("plan does not know the memory of distill, which holds a teacher as well; plan sft for the student's part")
     if not 0 < scored <= 1:
         raise ConfigError(f"scored must be a share in (0, 1], got {scored}")
-    device = torch.device("cuda" if config.model.device.startswith("cuda") or config.model.device == "auto" else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        device = torch.device("cpu")
+    device = torch.device("cpu" if config.model.device == "cpu" else "cuda")  # a device that need not be here
     model = empty_model(config)
 
     def at(tokens: int, changed: RunConfig | None = None) -> int:
@@ -71,9 +69,23 @@ def plan(config: RunConfig, *, scored: float = 1.0) -> Outlook:
         flops = Flops(*(a + b for a, b in zip(flops, model_flops(model, config.max_tokens, lengths, rows, backward=False))))
     chosen = head_plan(model, config, rows, device)
     points = [(tokens, at(tokens)) for tokens in GRID]
-    fits = [(size, largest(points, (size * 1e9 - CONTEXT) / (1 + WASTE))) for size in SIZES]
+    fits = [(size, largest(points, room(size))) for size in SIZES]
     remedies = [(text, at(changed.max_tokens, changed)) for text, changed in _remedies(config)]
     return Outlook(now, flops, "scores, without a vocabulary" if chosen is None else str(chosen).splitlines()[0], fits, remedies)
+
+
+def room(size: float) -> float:
+    """Bytes that a run may hold on a device of `size` GB."""
+    return (size * 1e9 - CONTEXT) / (1 + WASTE)
+
+
+def proposal(outlook: Outlook, size: float) -> str | None:
+    """The options that let a run fit a device of `size` GB and change least: of those that fit, the ones that save least; None: none does.
+
+    Options that only cut the micro-batch smaller, which the table of what fits says already, are left out.
+    """
+    good = [(peak, text) for text, peak in outlook.remedies if peak <= room(size) and not text.startswith("--max_tokens")]
+    return max(good)[1] if good else None
 
 
 def empty_model(config: RunConfig) -> Any:
@@ -142,6 +154,8 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
     table.add_section()
     table.add_row(f"peak ({now.moment})", _gib(now.peak), "100%", style="bold")
     console.print(table)
+    if now.on_host:
+        console.print(f"in the host's memory: {_gib(now.on_host)} GiB of moments and copies of weights", highlight=False)
     console.print(f"head: {outlook.head}", highlight=False)
     total = outlook.flops.total
     speed = f"; at {tflops:g} TFLOP/s {total / tflops / 1e12:.3g} s, {tokens * tflops * 1e12 / total:,.0f} tokens/s" if tflops else ""
@@ -154,6 +168,11 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
     for size, most in outlook.fits:
         table.add_row(str(size), f"{most:,}" if most else "none", "" if most >= tokens else f"not {tokens:,}: see below")
     console.print(table)
+    console.print("A sample must fit with all its completions: it may be as long as the largest --max_tokens.", highlight=False)
+    for size, most in outlook.fits:
+        if most < tokens and (text := proposal(outlook, size)):
+            command = f"fastalign {config.name} --model.path {config.model.path} --max_tokens {tokens} {text}"
+            console.print(f"{size} GB, besides your other options:\n  {command}", highlight=False, soft_wrap=True)
     table = Table(title="what to set for less", title_justify="left")
     for name, side in (("options", "left"), ("peak, GiB", "right"), ("saved", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
@@ -185,10 +204,18 @@ def _remedies(config: Any) -> list[tuple[str, RunConfig]]:
     found: list[tuple[str, RunConfig]] = []
     if not config.model.gradient_checkpointing:
         found.append(("--model.gradient_checkpointing true", changed(lambda c: setattr(c.model, "gradient_checkpointing", True))))
+    if config.optimizer == "adamw":
+        found.append(("--optimizer adamw_8bit", changed(lambda c: setattr(c, "optimizer", "adamw_8bit"))))
+        if config.model.device != "cpu" and not config.stochastic_rounding:
+            found.append(("--optimizer adamw_offload", changed(lambda c: setattr(c, "optimizer", "adamw_offload"))))
+    if config.model.dtype == "bfloat16" and config.master_weights and config.optimizer != "adamw_offload":
+        found.append((f"{_SMALLEST} --model.gradient_checkpointing true", changed(_smallest)))
     if not config.lora.enabled and not (Path(config.model.path) / "adapter_config.json").is_file():
         found.append(("--lora.r 16", changed(lambda c: setattr(c.lora, "r", 16))))
         if not config.model.gradient_checkpointing:
             found.append(("--lora.r 16 --model.gradient_checkpointing true", changed(_both)))
+            if config.model.device != "cpu" and config.model.quantization is None:
+                found.append((f"--lora.r 16 --model.gradient_checkpointing true {_PACKED}", changed(_packed)))
     if keeps_copy(config) and not getattr(config, "sync_ref_model", False):
         found.append(("--reference cache", changed(lambda c: setattr(c, "reference", "cache"))))
     if config.model.dtype != "bfloat16":
@@ -201,6 +228,22 @@ def _remedies(config: Any) -> list[tuple[str, RunConfig]]:
 
 def _both(config: Any) -> None:
     config.lora.r, config.model.gradient_checkpointing = 16, True
+
+
+_PACKED = "--model.quantization nf4"
+
+
+def _packed(config: Any) -> None:
+    _both(config)
+    config.model.quantization = "nf4"
+
+
+_SMALLEST = "--optimizer adamw_8bit --master_weights false --stochastic_rounding true"
+
+
+def _smallest(config: Any) -> None:
+    config.optimizer, config.master_weights, config.stochastic_rounding = "adamw_8bit", False, True
+    config.model.gradient_checkpointing = True
 
 
 def _adapter(path: str) -> dict[str, Any]:

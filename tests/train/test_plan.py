@@ -135,7 +135,7 @@ def test_the_plan_is_that_of_the_loaded_model(folder: Path) -> None:
         whole = load_model(str(folder.parent / "whole"), lora=config.lora, dtype=config.model.dtype)
         if config.model.gradient_checkpointing:
             whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        assert planning.plan(config).now == footprint(whole, config, tokens=512)
+        assert planning.plan(config).now == footprint(whole, config, tokens=512, device="cuda")
 
 
 def test_what_is_said_to_fit_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +147,38 @@ def test_what_is_said_to_fit_fits(folder: Path, monkeypatch: pytest.MonkeyPatch)
         assert most % 64 == 0 < most
         room = gigabytes * 1e9 / (1 + planning.WASTE)
         empty = planning.empty_model(config)
-        assert 0.8 * room < footprint(empty, config, tokens=most).peak <= room
+        assert 0.8 * room < footprint(empty, config, tokens=most, device="cuda").peak <= room
     assert all(peak < outlook.now.peak for text, peak in outlook.remedies if text.startswith(("--max_tokens", "--model.gradient")))
     assert planning.largest([(512, 100.0), (2048, 200.0)], 99.0) == 0
+
+
+def test_what_is_proposed_fits_and_changes_least(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DPOConfig(model=ModelConfig(path=str(folder), dtype="bfloat16"), max_tokens=1024, logits_budget=1 << 20)
+    outlook = planning.plan(config)
+    saved = dict(outlook.remedies)
+    assert saved["--optimizer adamw_8bit"] < outlook.now.peak
+    assert {"--optimizer adamw_offload", "--lora.r 16 --model.gradient_checkpointing true --model.quantization nf4"} < set(saved)
+    monkeypatch.setattr(planning, "CONTEXT", 0.0)
+    peaks = sorted(peak for text, peak in saved.items() if not text.startswith("--max_tokens"))
+    for peak in peaks:
+        text = planning.proposal(outlook, peak * (1 + planning.WASTE) / 1e9 * (1 + 1e-9))
+        assert text is not None and saved[text] == peak
+    assert planning.proposal(outlook, 0.9 * peaks[0] / 1e9) is None
+
+    monkeypatch.setattr(planning, "SIZES", (peaks[0] * 1.06 / 1e9,))
+    argv = [
+        "plan",
+        "--objective=dpo",
+        "--model.path",
+        str(folder),
+        "--max_tokens=1024",
+        "--model.dtype=bfloat16",
+        "--logits_budget=1048576",
+    ]
+    assert cli.main([*argv, "--optimizer", "adamw_offload"]) == 0
+    shown = capsys.readouterr().out
+    assert "in the host's memory: " in shown
+    assert f"  fastalign dpo --model.path {folder} --max_tokens 1024 --" in shown
 
 
 def test_the_command_prints_what_it_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
