@@ -36,7 +36,8 @@ def draw_training(rows: Sequence[Measurement]) -> bytes:
         place = 0.0
         ticks: list[float] = []
         for training_name in trainings:
-            for number, side in enumerate(sides):
+            for side in sides:
+                number = list(SIDES).index(side)  # of one colour on every page
                 found = [getattr(row, column) for row in rows if row.training == training_name and row.side == side]
                 if found:
                     _bar(axis, place, statistics.median(found), OURS if SIDES[side].name == "fastalign" else OTHERS[number % len(OTHERS)])
@@ -78,6 +79,8 @@ def draw_head(rows: Sequence[Row]) -> bytes:
 
 def draw_ladder(rungs: Sequence[Rung]) -> bytes:
     """The longest sequence by the memory that there is, a line for each side."""
+    from matplotlib.ticker import FixedLocator, ScalarFormatter
+
     trainings = list(dict.fromkeys(rung.training for rung in rungs))
     figure, axes = _axes(len(trainings), 10)
     for axis, training_name in zip(axes, trainings):
@@ -89,10 +92,14 @@ def draw_ladder(rungs: Sequence[Rung]) -> bytes:
                 axis.plot(*zip(*found), color=colour, linestyle=style, marker="o", label=about.text)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
+        for scale, values in ((axis.xaxis, {r.limit_mib for r in rungs}), (axis.yaxis, {2**k for k in range(5, 20)})):
+            scale.set_major_locator(FixedLocator(sorted(values)))
+            scale.set_major_formatter(ScalarFormatter())
         axis.set_xlabel("MiB beside model and data", color=GREY)
         _dress(axis, f"{training_name}: longest sequence of a pair, tokens", None, None)
-    if axes and axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(frameon=False, labelcolor=GREY, fontsize=8)
+    lines = axes[0].get_legend_handles_labels() if axes else ((), ())
+    if lines[0]:
+        figure.legend(*lines, loc="outside lower center", ncols=len(lines[0]), frameon=False, labelcolor=GREY, fontsize=8)
     return _png(figure)
 
 

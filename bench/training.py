@@ -13,10 +13,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import table, training_page
+from bench import base, table, training_page
 from bench.machine import command, describe
 from bench.plot import draw_training, publish
 from bench.training_rows import Measurement
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
     parser.add_argument("--rows", nargs="+", choices=list(rows_of(task)), default=list(rows_of(task)))
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help=f"folder of {name}_cpu.csv and {name}_cpu.md")
+    parser.add_argument("--base", metavar="REF", help="measure fastalign of this commit, too, and print the two side by side")
     options = parser.parse_args(argv)
     if options.steps % task.iterations:
         parser.error(f"--steps {options.steps}: must be a multiple of {task.iterations}, the steps made with the same answers")
@@ -59,13 +61,16 @@ def main(argv: list[str]) -> int:
         options.sides = [side for side in options.sides if side in ("fastalign", sides[-1])]
         rows = {row: (rank, QUICK) for rank, row in {rank: row for row, (rank, _) in rows.items()}.items()}  # one of each rank
 
-    with tempfile.TemporaryDirectory(prefix="bench-training-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-training-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
+        package = stack.enter_context(base.checkout(options.base, folder)) if options.base else None
         model = write_model(folder / "model", QUICK if options.quick else Shape())
         adapter = write_adapter(folder / "adapter", model, RANK)
         for row, (rank, shape) in rows.items():
             start = adapter if rank else None
             check_steps(name, folder, model, write_data(name, folder / "gate.jsonl", task.samples, shape, model, start, seed=1), start)
+            if package:
+                check_steps(name, folder, model, folder / "gate.jsonl", start, package=package)
             print(f"{row}: losses and gradient norms agree", flush=True)
         data, count = {}, task.samples * options.steps // task.iterations
         for _, shape in rows.values():
@@ -78,13 +83,19 @@ def main(argv: list[str]) -> int:
             for row, (rank, shape) in rows.items():
                 for chosen in options.sides:
                     side = SIDES[chosen]
-                    record = run(
-                        folder, Spec(name, side.name, str(model), str(data[shape]), "", "", side.fitted(task, shape), lora_rank=rank)
-                    )
-                    workload = f"{shape.text}; fp32, {task.step_of} a step"
-                    results.append(Measurement.of(record, row, chosen, repeat, workload=workload, **about))
-                    print(f"{row}, {side.text}: {results[-1].tokens_per_second} tokens/s", flush=True)
+                    of = {chosen: None} | ({base.side_of(chosen, options.base): package} if package and side.name == "fastalign" else {})
+                    for called, imported in of.items():
+                        spec = Spec(name, side.name, str(model), str(data[shape]), "", "", side.fitted(task, shape), lora_rank=rank)
+                        record = run(folder, spec, package=imported)
+                        workload = f"{shape.text}; fp32, {task.step_of} a step"
+                        results.append(Measurement.of(record, row, called, repeat, workload=workload, **about))
+                        at = f" at {options.base}" if imported else ""
+                        print(f"{row}, {side.text}{at}: {results[-1].tokens_per_second} tokens/s", flush=True)
 
+    if options.base:
+        table.write(options.output / f"base_{name}_cpu.csv", results)
+        print(base.comparison(results, options.base))
+        return 0
     file = options.output / f"{name}_cpu.csv"
     table.write(file, results)
     text = training_page.page(name, results)
@@ -103,8 +114,8 @@ def write_data(name: str, path: Path, samples: int, shape: Shape, model: Path, a
     return write_single(path, samples, shape, seed=seed, labels=task.data == "UnpairedDataConfig")
 
 
-def check_steps(name: str, folder: Path, model: Path, data: Path, adapter: Path | None) -> None:
-    """Stop unless all sides report the same loss and gradient norm in each of four steps on the same rows."""
+def check_steps(name: str, folder: Path, model: Path, data: Path, adapter: Path | None, *, package: Path | None = None) -> None:
+    """Stop unless all sides report the same loss and gradient norm in each of four steps on the same rows; fastalign being `package`'s."""
     task, found = TASKS[name], {}
     sides = {"fastalign": ("fastalign", task.same), "TRL": ("trl", {"logging_steps": 1})}
     if task.packing:
@@ -113,7 +124,7 @@ def check_steps(name: str, folder: Path, model: Path, data: Path, adapter: Path 
         start = str(adapter) if adapter else None
         epochs = 4 // task.iterations
         spec = Spec(name, side, str(model), str(data), "", "", options, adapter=start, epochs=epochs, learning_rate=task.check_rate)
-        record = run(folder, spec)
+        record = run(folder, spec, package=package)
         found[called] = dict(zip(CHECKED, (record.losses, record.grad_norms)))
     must_agree(name, found)
 
@@ -128,13 +139,19 @@ def must_agree(name: str, found: dict[str, dict[str, list[float]]]) -> None:
                 raise SystemExit(f"bench {name}: {what} differ, nothing is measured: {first} {ours}, {other} {theirs}")
 
 
-def run(folder: Path, spec: Spec) -> Recording:
-    """The recording of one run in a fresh process, outside the repository's configuration files."""
+def run(folder: Path, spec: Spec, *, package: Path | None = None) -> Recording:
+    """The recording of one run in a fresh process, outside the repository's configuration files; with the fastalign in `package`."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch)
         spec = Spec(**{**asdict(spec), "output": spec.output or str(place / "run"), "result": str(place / "result.json")})
         (place / "spec.json").write_text(json.dumps(asdict(spec)))
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(map(str, [package, ROOT] if package else [ROOT])),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(place / "cache"),
+        }
+        if package:
+            base.check_import(package, environment, place)
         command = [sys.executable, "-m", "bench.training_sides", str(place / "spec.json")]
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
         if done.returncode:

@@ -6,12 +6,13 @@ import json
 import math
 import mmap
 import statistics
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import results, table, training, training_page
+from bench import base, results, table, training, training_page
 from bench.__main__ import main
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
 from bench.plot import draw_training
@@ -218,3 +219,21 @@ def test_quick_benchmark_runs(tmp_path, name, theirs, suffix):
     assert rows[0].command == f"python -m bench {name} --quick"
     page = (tmp_path / "results" / f"{name}_cpu.md").read_text()
     assert results.pages(tmp_path / "results")[tmp_path / "results" / f"{name}_cpu.md"] == page
+
+
+@pytest.mark.slow
+def test_another_commit_is_measured_beside_this_one(tmp_path, capsys):
+    assert main(["dpo", "--quick", "--base", "HEAD", "--rows", "lora", "--sides", "fastalign", "--output", str(tmp_path)]) == 0
+    rows = table.read(tmp_path / "base_dpo_cpu.csv", Measurement)
+    assert [row.side for row in rows] == ["fastalign", "fastalign@HEAD"]
+    assert rows[0].tokens == rows[1].tokens and min(row.tokens_per_second for row in rows) > 0
+    assert "| lora | fastalign, defaults | " in capsys.readouterr().out
+    listed = subprocess.run(["git", "worktree", "list"], cwd=base.ROOT, capture_output=True, text=True, check=True).stdout
+    assert "base-tree" not in listed
+
+
+def test_the_comparison_with_a_commit_is_of_medians():
+    rows = [Measurement.of(RECORD, "lora", side, repeat, **ABOUT) for side in ("fastalign", "fastalign@old") for repeat in range(3)]
+    rows = [replace(row, tokens_per_second=(10.0 if "@" in row.side else 25.0) + (90 if row.repeat == 2 else 0)) for row in rows]
+    line = base.comparison(rows, "old").splitlines()[-1]
+    assert line.startswith("| lora | fastalign, defaults | 25 | 10 | 2.500 | ") and line.endswith(" | 1.000 |")
