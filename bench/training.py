@@ -64,9 +64,13 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-training-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
         package = stack.enter_context(base.checkout(options.base, folder)) if options.base else None
-        model = write_model(folder / "model", QUICK if options.quick else Shape())
-        adapter = write_adapter(folder / "adapter", model, RANK)
+        models: dict[str, tuple[Path, Path]] = {}  # and the adapters, by what a model is like
+        for _, shape in rows.values():
+            if shape.model_text not in models:
+                model = write_model(folder / f"model-{len(models)}", shape)
+                models[shape.model_text] = model, write_adapter(folder / f"adapter-{len(models)}", model, RANK)
         for row, (rank, shape) in rows.items():
+            model, adapter = models[shape.model_text]
             start = adapter if rank else None
             check_steps(name, folder, model, write_data(name, folder / "gate.jsonl", task.samples, shape, model, start, seed=1), start)
             if package:
@@ -75,6 +79,7 @@ def main(argv: list[str]) -> int:
         data, count = {}, task.samples * options.steps // task.iterations
         for _, shape in rows.values():
             if shape not in data:
+                model, _ = models[shape.model_text]
                 data[shape] = write_data(name, folder / f"data-{len(data)}.jsonl", count, shape, model, None)
         about = describe(["torch", "transformers", "peft", "trl", "accelerate"])
         about |= {"command": command(name, argv), "checked": " and ".join(CHECKED)}
@@ -82,7 +87,7 @@ def main(argv: list[str]) -> int:
         for repeat in range(options.repeats):
             for row, (rank, shape) in rows.items():
                 for chosen in options.sides:
-                    side = SIDES[chosen]
+                    side, (model, _) = SIDES[chosen], models[shape.model_text]
                     of = {chosen: None} | ({base.side_of(chosen, options.base): package} if package and side.name == "fastalign" else {})
                     for called, imported in of.items():
                         spec = Spec(name, side.name, str(model), str(data[shape]), "", "", side.fitted(task, shape), lora_rank=rank)

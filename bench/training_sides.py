@@ -122,6 +122,7 @@ TASKS = {
         shapes={
             "1:1": Shape(prompt_words=(64, 192), completion_words=(64, 192)),
             "4:1": Shape(prompt_words=(192, 320), completion_words=(32, 96)),
+            "4:1, mostly trunk": Shape(4096, 384, 6, prompt_words=(192, 320), completion_words=(32, 96)),
         },
     ),
 }

@@ -33,7 +33,10 @@ class Shape:
 
     @property
     def model_text(self) -> str:
-        return f"Qwen3 architecture, {self.layers} layers, hidden {self.hidden}, V={self.vocab_size}, tied embeddings"
+        layers = 12 * self.layers * self.hidden**2  # weights, in terms of the proportions of `write_model`
+        head = self.vocab_size * self.hidden / (self.vocab_size * self.hidden + layers)
+        about = f"Qwen3 architecture, {self.layers} layers, hidden {self.hidden}, V={self.vocab_size}, tied embeddings"
+        return f"{about} (the head is {head:.0%} of the products of a token)"
 
     @property
     def text(self) -> str:
