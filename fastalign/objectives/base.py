@@ -88,7 +88,6 @@ class RunConfig:
     """Options that every algorithm has. A step's result does not depend on `max_tokens`, `share_prompts`, `logits_budget` and `metrics`."""
 
     name: ClassVar[str] = ""
-    names_code: ClassVar[tuple[str, ...]] = ()  # options whose values may name code of the user's, by a colon in them
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -223,6 +222,10 @@ class RunConfig:
     def objective(self, model: Any, data: Dataset, folder: Path) -> Objective:
         """The loss of this algorithm for `model`, whose weights are still the initial ones; `folder` is the run's."""
         raise NotImplementedError
+
+    def named_code(self) -> dict[str, str | list[str]]:
+        """The options by which code is run that is not fastalign's, with their values. They count only where the user gives them."""
+        return {"model.trust_remote_code": "true"} if self.model.trust_remote_code else {}
 
     def sources(self) -> dict[str, str]:
         """Of the user's own code that makes the loss: a name and the digest of its source, the same in a resumed run."""

@@ -55,7 +55,6 @@ class DPOConfig(RunConfig):
     """Direct preference optimisation: makes a model prefer the chosen to the rejected answers, within reach of where it started."""
 
     name: ClassVar[str] = "dpo"
-    names_code: ClassVar[tuple[str, ...]] = ("loss_type",)
 
     beta: float = 0.1
     """Strength of the pull towards the reference (IPO: its tau)."""
@@ -152,6 +151,10 @@ class DPOConfig(RunConfig):
                 self.reference in ("auto", "copy", "stream"),
                 "auto, copy or stream with sync_ref_model: another one cannot follow",
             )
+
+    def named_code(self) -> dict[str, str | list[str]]:
+        names = any(own.is_own(name) for name, _ in self.losses)
+        return super().named_code() | ({"loss_type": self.loss_type} if names else {})
 
     def sources(self) -> dict[str, str]:
         return own.digests(*(name for name, _ in self.losses))

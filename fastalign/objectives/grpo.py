@@ -35,7 +35,6 @@ class GRPOConfig(OnlineConfig):
     """GRPO and its relatives: makes the answers more likely that are rewarded above the others to the same prompt."""
 
     name: ClassVar[str] = "grpo"
-    names_code: ClassVar[tuple[str, ...]] = ("loss_type",)
     penalty_in_loss: ClassVar[bool] = True
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "gspo"] | str = "dapo"
@@ -140,6 +139,9 @@ class GRPOConfig(OnlineConfig):
         if own.is_own(self.loss_type):
             return own.policy_loss(self.loss_type, _bounds(self), self.loss_options)[0]
         return POLICY_LOSSES[self.loss_type]
+
+    def named_code(self) -> dict[str, str | list[str]]:
+        return super().named_code() | ({"loss_type": self.loss_type} if own.is_own(self.loss_type) else {})
 
     def sources(self) -> dict[str, str]:
         return own.digests(self.loss_type)

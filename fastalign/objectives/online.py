@@ -18,7 +18,7 @@ from fastalign.objectives.answers import AnswerConfig
 from fastalign.rollout.engine import Sampling
 from fastalign.rollout.judging import JudgeConfig, JudgeReward, build_judge
 from fastalign.rollout.reward_model import RewardModel
-from fastalign.rollout.rewards import Reward, load_rewards
+from fastalign.rollout.rewards import Reward, built_in, load_rewards
 
 
 @dataclass
@@ -79,6 +79,12 @@ class OnlineConfig(AnswerConfig):
         self._require_choice("reference", ("auto", "adapter", "copy", "stream"))
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
+
+    def named_code(self) -> dict[str, str | list[str]]:
+        found = super().named_code()
+        if any(":" in name and built_in(name) is None and not Path(name).is_dir() for name in self.rewards):
+            found["rewards"] = self.rewards
+        return found | ({"judge.function": self.judge.function} if self.judge.function else {})
 
     def _require_judge(self) -> None:
         if "judge" not in self.reward_names:

@@ -8,7 +8,9 @@ and nothing that a file says is ever imported or called.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from fastalign.errors import ConfigError
+from fastalign.objectives.base import RunConfig
 from fastalign.train.folder import writing
 from fastalign.train.options import Option, convert, default_of, example, expected, kind_of, members, nearest, nested_class, options
 
@@ -95,20 +98,16 @@ def resume_config(argv: Sequence[str], config_class: type[Config], run: Path) ->
 
 
 def _check_named(argv: Sequence[str], config: Any, run: Path) -> None:
-    names_code: tuple[str, ...] = getattr(config, "names_code", ())
-    if not names_code:
-        return
+    code: dict[str, str | list[str]] = config.named_code() if isinstance(config, RunConfig) else {}
     table = options(type(config))
     files, flags = _read_flags(argv, table)
     named = {*flags, *(name for file in files for name in _read_yaml(file, table))}
-    for name in names_code:
-        value = flat(config)[name]
-        if name not in named and any(":" in part for part in ([value] if isinstance(value, str) else value)):
-            given = " ".join([value] if isinstance(value, str) else value)
-            raise ConfigError(
-                f"{run / 'config.yaml'}: {name} names code of yours ({given}), which runs only where you name it yourself; "
-                f"to resume add --{name} {given}"
-            )
+    if left := {name: value for name, value in code.items() if name not in named}:
+        names = ", ".join(
+            f"{name} names code of yours ({value if isinstance(value, str) else ', '.join(value)})" for name, value in left.items()
+        )
+        words = " ".join(f"--{name} {value if isinstance(value, str) else shlex.quote(json.dumps(value))}" for name, value in left.items())
+        raise ConfigError(f"{run / 'config.yaml'}: {names}, which runs only where you name it yourself; to resume add {words}")
 
 
 def given_options(argv: Sequence[str], config_class: type) -> dict[str, Any]:

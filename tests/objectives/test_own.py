@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from online_runs import write_place
 from test_dpo import SAMPLES, FixedReference
-from test_grpo import REWARD, config_of, dense_logps, rolled
-from tiny import preference_rows, save_tiny, tiny_model, tiny_tokenizer
+from test_grpo import config_of, dense_logps, rolled
+from tiny import preference_rows, save_tiny, tiny_model
 from torch import Tensor
 
 from fastalign import cli
@@ -129,12 +130,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("own")
-    tiny_model("qwen3").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    prompts = ["old river", "why?", "a green lamp holds the letter", "stone"]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "weight": 1 + i % 2}) + "\n" for i, p in enumerate(prompts)))
-    (folder / "rewards.py").write_text(REWARD)
+    folder = write_place(tmp_path_factory.mktemp("own"))
     (folder / "losses.py").write_text(LOSSES)
     return folder
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
 
 from fastalign.errors import ConfigError, OutputError
+from fastalign.models.config import ModelConfig
+from fastalign.objectives.grpo import GRPOConfig
+from fastalign.rollout.judging import JudgeConfig
 from fastalign.train.config import dump, flat, given_options, load, parse, resume_config
 from fastalign.train.options import help_text, nearest, notes, options
 
@@ -187,6 +191,22 @@ def test_resume_takes_the_run_and_what_may_change(tmp_path: Path) -> None:
         resume_config(["--resume", "--beta", "0.4"], Config, tmp_path)
     assert "--beta 0.4 contradicts the run in" in str(caught.value)
     assert "which has 0.3" in str(caught.value)
+
+
+def test_code_that_a_run_folder_names_is_named_again_to_resume(tmp_path: Path) -> None:
+    rewards = ["numeric_match", "soft_overlong:8:4", "mine.py:good"]
+    run = GRPOConfig(ModelConfig("m", trust_remote_code=True), output="old", rewards=rewards, judge=JudgeConfig(function="my.judge:rate"))
+    dump(run, tmp_path / "config.yaml")
+    with pytest.raises(ConfigError) as caught:
+        resume_config(["--resume"], GRPOConfig, tmp_path)
+    words = shlex.split(str(caught.value).partition("to resume add ")[2])
+    assert words[::2] == ["--model.trust_remote_code", "--rewards", "--judge.function"]
+    assert resume_config(["--resume", *words], GRPOConfig, tmp_path) == replace(run, resume=True)
+    for left in range(0, len(words), 2):
+        with pytest.raises(ConfigError, match=f"config.yaml: {words[left][2:]} names code of yours"):
+            resume_config(["--resume", *words[:left], *words[left + 2 :]], GRPOConfig, tmp_path)
+    dump(GRPOConfig(output="old", rewards=rewards[:2]), tmp_path / "config.yaml")
+    assert resume_config(["--resume"], GRPOConfig, tmp_path).rewards == rewards[:2]
 
 
 def test_given_options_has_no_defaults() -> None:
