@@ -96,8 +96,10 @@ def schedule(out: Outcome) -> None:
 
 
 def optimizer(out: Outcome) -> None:
-    if out.values["optim"] not in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"):
-        out.drop(out.lost, "AdamW trains here", "optim")
+    if out.values["optim"] in ("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit"):
+        out.set("optimizer", "adamw_8bit", "optim")
+    elif out.values["optim"] not in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"):
+        out.drop(out.lost, "AdamW trains here, by optimizer with moments in 8 bits or on the host", "optim")
     else:
         out.drop(out.same, "AdamW, in its fused form", "optim")
 

@@ -118,6 +118,10 @@ def test_no_field_can_change_without_a_word(trainer: str, tmp_path: Path) -> Non
             assert after.options[rule.option] == value, name
 
 
+def test_moments_in_8_bits_are_carried_over(tmp_path: Path) -> None:
+    assert converted("dpo", tmp_path, {"optim": "paged_adamw_8bit"}).options["optimizer"] == "adamw_8bit"
+
+
 def _another(default: Any) -> Any:
     if isinstance(default, bool):
         return not default
