@@ -209,6 +209,14 @@ def test_code_that_a_run_folder_names_is_named_again_to_resume(tmp_path: Path) -
     assert resume_config(["--resume"], GRPOConfig, tmp_path).rewards == rewards[:2]
 
 
+def test_options_of_one_process_are_refused_for_several() -> None:
+    GRPOConfig().check_ranks(4)
+    for option, value in {"optimizer": "adamw_8bit", "update_in_backward": True, "stochastic_rounding": True}.items():
+        GRPOConfig(**{option: value}).check_ranks(1)
+        with pytest.raises(ConfigError, match=rf"{option} {value} is of one process, and there are 2, .*; set --{option} (adamw|false)$"):
+            GRPOConfig(**{option: value}).check_ranks(2)
+
+
 def test_given_options_has_no_defaults() -> None:
     assert given_options(["--beta", "0.2", "--config", "unread.yaml"], Config) == {"beta": 0.2}
 
