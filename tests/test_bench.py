@@ -67,7 +67,7 @@ def test_page_says_where_fastalign_is_behind():
 def test_no_speed_for_a_wrong_answer(tmp_path, monkeypatch):
     losses = {"fastalign": [0.693, 0.5, 0.4, 0.3], "trl": [0.693, 0.5, 0.4, 0.3001]}
     norms = {"fastalign": [2.0, 1.0, 1.0, 1.0], "trl": [2.0, 1.0, 1.0, 1.001]}
-    monkeypatch.setattr(training, "run", lambda folder, spec: Recording(losses=losses[spec.side], grad_norms=norms[spec.side]))
+    monkeypatch.setattr(training, "run", lambda folder, spec, package: Recording(losses=losses[spec.side], grad_norms=norms[spec.side]))
     with pytest.raises(SystemExit, match="losses differ"):
         training.check_steps("dpo", tmp_path, tmp_path, tmp_path, None)
     losses["trl"][3] = 0.300001
@@ -83,7 +83,7 @@ def test_no_speed_for_a_wrong_answer(tmp_path, monkeypatch):
 def test_a_packing_side_must_agree_too(tmp_path, monkeypatch):
     packed = [1.0, 1.0, 1.0, 1.001]
     monkeypatch.setattr(
-        training, "run", lambda _, spec: Recording(losses=packed if "packing" in spec.options else [1.0] * 4, grad_norms=[1.0] * 4)
+        training, "run", lambda _, spec, package: Recording(losses=packed if "packing" in spec.options else [1.0] * 4, grad_norms=[1.0] * 4)
     )
     with pytest.raises(SystemExit, match=r"losses differ.*TRL, packed"):
         training.check_steps("sft", tmp_path, tmp_path, tmp_path, None)

@@ -167,7 +167,9 @@ COMMON: dict[str, Rule] = {
     "dataset_num_proc": same(None, "tokenizing takes one process"),
     "pad_to_multiple_of": same("auto", "nothing is padded", None),
     "router_aux_loss_coef": lost(None, "the auxiliary loss of experts is weighted by router_aux_loss_coef of the model's config.json"),
-    "activation_offloading": lost(False, "set model.gradient_checkpointing and model.checkpoint_offload: the inputs of the layers wait in host memory"),
+    "activation_offloading": lost(
+        False, "set model.gradient_checkpointing and model.checkpoint_offload: the inputs of the layers wait in host memory"
+    ),
     "disable_dropout": by(True, "dropout"),
 }
 

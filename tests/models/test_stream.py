@@ -151,8 +151,8 @@ def test_the_prediction_knows_where_it_is() -> None:
     on_cpu = footprint(model, config, tokens=64).parts
     assert on_cpu["reference copy"] == on_cpu["weights"]
     elsewhere = prepare(tiny_model("qwen3").to("meta"), ModelConfig(device="meta"), None)
-    assert footprint(elsewhere, config, tokens=64).parts["reference copy"] == 0
-    assert footprint(elsewhere, DPOConfig(reference="copy"), tokens=64).parts["reference copy"] == on_cpu["weights"]
+    assert footprint(elsewhere, config, tokens=64, device="meta").parts["reference copy"] == 0
+    assert footprint(elsewhere, DPOConfig(reference="copy"), tokens=64, device="meta").parts["reference copy"] == on_cpu["weights"]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
