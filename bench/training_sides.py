@@ -75,7 +75,11 @@ TASKS = {
         "DPOConfig",
         ("trl", "DPOTrainer", "DPOConfig"),
         {"beta": 0.1},
-        shapes={"": Shape(), "2:1": Shape(prompt_words=(64, 192), completion_words=(32, 96))},
+        shapes={
+            "": Shape(),
+            "2:1": Shape(prompt_words=(64, 192), completion_words=(32, 96)),
+            "2:1, mostly trunk": Shape(4096, 384, 6, prompt_words=(64, 192), completion_words=(32, 96)),
+        },
     ),
     "kto": Task(
         "KTO",

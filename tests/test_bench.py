@@ -132,7 +132,7 @@ def test_a_packed_row_holds_a_step_and_cuts_nothing():
 
 def test_prompts_of_pairs_can_be_longer_than_their_completions():
     shapes = training.rows_of(TASKS["dpo"])
-    assert list(shapes) == ["full", "full 2:1", "lora", "lora 2:1"]
+    assert list(shapes) == ["full", "full 2:1", "full 2:1, mostly trunk", "lora", "lora 2:1", "lora 2:1, mostly trunk"]
     assert shapes["lora"] == (training.RANK, Shape())
     long = shapes["full 2:1"][1]
     assert sum(long.prompt_words) == 2 * sum(long.completion_words)
