@@ -13,7 +13,7 @@ for release in "${@:-0.24.0 1.9.0 1.14.0 1.16.0}"; do
         pins=("trl==$version")
         case $version in
         0.24.*) pins+=(transformers==4.57.6 tokenizers==0.22.2 peft==0.18.0 datasets==4.4.2 accelerate==1.12.0) ;;
-        1.9.*) pins+=(requests) ;; # which it imports without asking for it
+        1.9.* | 1.14.*) pins+=(requests) ;; # which they import without asking for it
         esac
         env=".venv-trl-$version"
         stamp="$env/.ready-$(cat pyproject.toml constraints.txt "$0" | cksum | cut -d' ' -f1)"
