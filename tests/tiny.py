@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,21 @@ def preference_rows(n: int, seed: int = 0, *, conversational: bool = False, prom
             row = {key: [{"role": roles[key], "content": text.strip()}] for key, text in row.items()}
         rows.append(row)
     return rows
+
+
+def write_every_format(folder: Path) -> None:
+    """pairs, completions, singles, rankings and prompts .jsonl, of the same 24 pairs."""
+    pairs = preference_rows(24)
+    files: dict[str, list[dict[str, Any]]] = {
+        "pairs": pairs,
+        "completions": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
+        "singles": [{"prompt": row["prompt"], "completion": row["chosen"], "label": k % 3 != 1} for k, row in enumerate(pairs)],
+        "rankings": [
+            {"prompt": a["prompt"], "completions": [a["chosen"], a["rejected"], b["chosen"]], "ranks": [2, 1, 3]}
+            for a, b in pairwise(pairs)
+            if b["chosen"] not in (a["chosen"], a["rejected"])
+        ],
+        "prompts": [{"prompt": row["prompt"]} for row in pairs],
+    }
+    for name, content in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))

@@ -107,7 +107,10 @@ def sequence_logps(
 
     `head` is `head_spec(model)`, for those who call this often. With `ld_alpha` the sums are LD-DPO's, of pairs of sequences.
     """
-    logps = token_logps(model, batch, head=head, budget=budget)
+    return _summed(token_logps(model, batch, head=head, budget=budget), batch, ld_alpha)
+
+
+def _summed(logps: Tensor, batch: PackedBatch, ld_alpha: float | None) -> Tensor:
     if ld_alpha is not None:
         return shared_length_sum(logps, batch.live_cu_seqlens, ld_alpha).float()
     return segment_sum(logps, batch.live_cu_seqlens).float()
@@ -192,10 +195,7 @@ class StreamReference(CopyReference):
         self.layers = LayerStream(self.model, self.device)
 
     def logps(self, batch: PackedBatch) -> Tensor:
-        logps = self.token_logps(batch)
-        if self.ld_alpha is not None:
-            return shared_length_sum(logps, batch.live_cu_seqlens, self.ld_alpha).float()
-        return segment_sum(logps, batch.live_cu_seqlens).float()
+        return _summed(self.token_logps(batch), batch, self.ld_alpha)
 
     def token_logps(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
         here = batch.to(self.device)

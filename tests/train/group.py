@@ -7,7 +7,6 @@ this file for the same runs by itself.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +51,13 @@ def likes_o(completions, **columns):
 
 def inputs(folder: Path) -> None:
     """Models and data of all cases."""
-    from tiny import preference_rows, save_tiny
+    from tiny import save_tiny, write_every_format
 
     save_tiny(folder / "model", "qwen3", tie_word_embeddings=True)
     save_tiny(folder / "untied", "llama", vocab_size=325)  # rows that two and four ranks cannot have equally many of
     save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48, vocab_size=325)
     save_tiny(folder / "half", "llama", dtype=torch.bfloat16)
-    pairs = preference_rows(24)
-    files: dict[str, list[dict[str, Any]]] = {
-        "pairs": pairs,
-        "completions": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
-        "singles": [{"prompt": row["prompt"], "completion": row["chosen"], "label": k % 3 != 1} for k, row in enumerate(pairs)],
-        "rankings": [
-            {"prompt": a["prompt"], "completions": [a["chosen"], a["rejected"], b["chosen"]], "ranks": [2, 1, 3]}
-            for a, b in pairwise(pairs)
-            if b["chosen"] not in (a["chosen"], a["rejected"])
-        ],
-        "prompts": [{"prompt": row["prompt"]} for row in pairs],
-    }
-    for name, content in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    write_every_format(folder)
     (folder / "rewards.py").write_text(REWARDS)
 
 

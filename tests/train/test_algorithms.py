@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from killing import no_report, rows, weights
-from tiny import preference_rows, save_tiny
+from tiny import save_tiny, write_every_format
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastalign import train
@@ -32,19 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_tiny(folder / "model", "qwen3")
     save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48)
-    pairs = preference_rows(24)
-    files: dict[str, list[dict[str, Any]]] = {
-        "pairs": pairs,
-        "completions": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
-        "singles": [{"prompt": row["prompt"], "completion": row["chosen"], "label": k % 3 != 1} for k, row in enumerate(pairs)],
-        "rankings": [
-            {"prompt": a["prompt"], "completions": [a["chosen"], a["rejected"], b["chosen"]], "ranks": [2, 1, 3]}
-            for a, b in pairwise(pairs)
-            if b["chosen"] not in (a["chosen"], a["rejected"])
-        ],
-    }
-    for name, content in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    write_every_format(folder)
     return folder
 
 
