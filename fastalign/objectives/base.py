@@ -169,9 +169,13 @@ class RunConfig:
         self.model.validate()
         self.data.validate()
         self.parallel.validate()
-        adapter = self.lora.enabled or (Path(self.model.path) / "adapter_config.json").is_file()
+        adapter = self.lora.enabled or _is_adapter(self.model.path)
         if self.model.quantization and not adapter:
             raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")
+        if self.lora.reference not in ("start", "base"):
+            raise ConfigError(f"lora.reference must be one of start, base, got {self.lora.reference!r}")
+        if self.lora.reference == "base" and (self.lora.adapter is None) and not _is_adapter(self.model.path):
+            raise ConfigError("lora.reference counts only where an existing adapter is trained further; leave it at start")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
         for option in ("batch_size", "max_tokens", "keep_checkpoints", "log_every", "max_nonfinite"):
@@ -253,3 +257,7 @@ class RunConfig:
 
     def _require_choice(self, option: str, choices: Sequence[str]) -> None:
         self._require(option, getattr(self, option) in choices, f"one of {', '.join(choices)}")
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()

@@ -110,6 +110,12 @@ def _check_named(argv: Sequence[str], config: Any, run: Path) -> None:
         raise ConfigError(f"{run / 'config.yaml'}: {names}, which runs only where you name it yourself; to resume add {words}")
 
 
+def from_mapping(content: dict[str, Any], config_class: type[Config], where: str) -> Config:
+    """The config of a mapping like that of a YAML file; errors begin with `where`. Raises ConfigError as `parse` does."""
+    table = options(config_class)
+    return _build(config_class, "", _converted(content, table, where), MISSING)
+
+
 def given_options(argv: Sequence[str], config_class: type) -> dict[str, Any]:
     """The flags in `argv`, checked and converted, without defaults and without reading any file."""
     return _read_flags(argv, options(config_class))[1]
@@ -207,22 +213,25 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path, table: dict[str, Option]) -> dict[str, Any]:
-    content = read_mapping(path)
+    return _converted(read_mapping(path), table, str(path))
+
+
+def _converted(content: dict[Any, Any], table: dict[str, Option], where: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
-    for name, value in _flatten(content, table, path, ""):
-        option = _find(name, table, f"{path}: option ")
-        given[option.name] = convert(option, value, f"{path}: {option.name}")
+    for name, value in _flatten(content, table, ""):
+        option = _find(name, table, f"{where}: option ")
+        given[option.name] = convert(option, value, f"{where}: {option.name}")
     return given
 
 
-def _flatten(content: dict[Any, Any], table: dict[str, Option], path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flatten(content: dict[Any, Any], table: dict[str, Option], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         name = f"{prefix}{key}".replace("-", "_")
         section = any(other.startswith(f"{name}.") for other in table)
         if value is None and section:  # a heading whose options are all commented out
             continue
         if isinstance(value, dict) and name not in table:
-            yield from _flatten(value, table, path, f"{name}.")
+            yield from _flatten(value, table, f"{name}.")
         else:
             yield name, value
 
