@@ -484,6 +484,44 @@ def test_versions_are_added_promoted_and_rolled_back(models: Path, tmp_path: Pat
         assert ask(http, **greedy).json()["choices"][0]["message"] == one["choices"][0]["message"]
 
 
+def test_a_promotion_says_which_version_it_expects_to_replace(models: Path, tmp_path: Path, monkeypatch):
+    with Running(config_for(models, tmp_path, open=True)) as running, httpx.Client(base_url=running.url, timeout=30) as http:
+        for name in ("one", "two"):
+            running.store.add_version(name, models / name)
+        path = "/admin/versions/{}/promote".format
+        assert http.post(path("one"), json={"expected": "base"}).json()["replaced"] == "base"
+        assert http.post(path("one"), json={"expected": "base"}).status_code == 200  # live already: nothing to replace
+        assert http.post("/admin/rollback", json={"to": "base"}).status_code == 200
+        monkeypatch.setattr(running.engine.models, "read", lambda folder: pytest.fail("read for nothing"))
+        late = http.post(path("two"), json={"expected": "one"})
+        assert late.status_code == 409 and "version 'base' is live by now, not 'one'" in late.json()["error"]["message"]
+        monkeypatch.undo()
+
+        def rolled_back_meanwhile(*args, read=running.engine.models.read):
+            running.store.promote("one")
+            return read(*args)
+
+        monkeypatch.setattr(running.engine.models, "read", rolled_back_meanwhile)
+        late = http.post(path("two"), json={"expected": "base"})
+        assert late.status_code == 409 and running.engine.models.current.version == "base" and not running.engine.models.adapters()
+        assert running.store.live_version().name == "one" and running.store.version("two").state == "candidate"
+        monkeypatch.undo()
+        assert http.post(path("two"), json={"expected": "one"}).json()["state"] == "live"
+        bare = {"content-type": ""}
+        for content, headers, status in [
+            (b"", {}, 200),
+            (b"", {"content-type": "application/json"}, 200),
+            (b"{}", {"content-type": "application/json"}, 200),
+            (b'{"expected": "two"}', bare, 415),
+            (b'{"expected": "one"}', {"content-type": "text/plain"}, 415),
+            (b'{"expected": 3}', {"content-type": "application/json"}, 400),
+            (b'{"expects": "one"}', {"content-type": "application/json"}, 400),
+            (b"[]", {"content-type": "application/json"}, 400),
+        ]:
+            reply = http.post(path("two"), content=content, headers=headers)
+            assert reply.status_code == status, (content, headers, reply.text)
+
+
 def test_stopping_finishes_the_answers_that_are_being_given(models: Path, tmp_path: Path):
     running = Running(config_for(models, tmp_path, open=True))
     lines: list[str] = []
