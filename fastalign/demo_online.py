@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROUNDS, PEOPLE = 3, 24
 PATIENCE = 0.15  # share of bad answers that somebody mends
-LEARNING = {"learning_rate": 5e-4, "lora.r": 16, "batch_size": 16, "beta": 0.1}
+LEARNING = {"learning_rate": 3e-4, "lora.r": 16, "batch_size": 16, "beta": 0.3}
 
 
 @dataclass(frozen=True)

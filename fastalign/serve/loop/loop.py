@@ -214,6 +214,8 @@ class Loop:
         """The candidate, once; the database may have it from before the loop was killed."""
         folder = str((current.run / "final").resolve())
         numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float, str))}
+        if interval := figures.get("win_rate_ci95"):
+            numbers |= {"win_rate_low": interval[0], "win_rate_high": interval[1]}
         if current.name not in [version.name for version in self.store.versions()]:
             self.store.add_version(current.name, folder, parent=current.begun.parent, metrics=numbers)
 

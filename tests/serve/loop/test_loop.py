@@ -99,7 +99,7 @@ def test_a_better_version_goes_live_and_the_next_round_begins_with_it(talk: Talk
     assert states(talk.store) == {"base": "retired", "round-0001": "live"}
     version = talk.store.version("round-0001")
     assert version.folder == str(folder / "run/final") and version.parent == "base"
-    assert version.metrics["win_rate"] == 0.9 and version.metrics["kl"] == 0.01
+    assert version.metrics["win_rate"] == 0.9 and version.metrics["kl"] == 0.01 and version.metrics["win_rate_high"] == 0.94
     event = talk.store.events()[-1]
     assert event.kind == "round" and event.detail["promoted"] is True and "0.9" in event.detail["reasons"]
     assert not (folder / "run/checkpoints").exists() and (folder / "run/report.html").is_file()
