@@ -224,7 +224,7 @@ def _agreed(models: Models, ours: Installed, before: Installed, folder: Path, co
     name, best = max(found, key=lambda one: one[1].comparisons)
     if not best.comparisons:
         return {"comparisons": 0}
-    interval = wilson(best.share * best.comparisons, best.comparisons)  # type: ignore[arg-type]
+    interval = wilson(best.share * best.comparisons, best.comparisons)
     return {"win_rate": best.share, "win_rate_ci95": list(interval), "comparisons": best.comparisons, "win_by": name}
 
 
