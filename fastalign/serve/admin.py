@@ -55,7 +55,7 @@ class Admin:
         return json_response(asdict(version))
 
     async def promote(self, request: Request, caller: Caller) -> Response:
-        """Answer with a version from the next batch on; 409 with the reason where it cannot, and the one before goes on.
+        """Answer with a version from now on; 409 with the reason where it cannot, and the one before goes on.
 
         "expected" of the body, which may be left out, says which version it should replace.
         """

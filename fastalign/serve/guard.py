@@ -207,5 +207,5 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, (DataError, FastalignError)):
         return ApiError(400, told)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return ApiError(503, "no memory left for this batch; try again later", kind="server_error", code="out_of_memory", headers=again)
+        return ApiError(503, "no memory left for this answer; try again later", kind="server_error", code="out_of_memory", headers=again)
     return ApiError(500, "the service failed; its log says how", kind="server_error", code="internal_error")

@@ -65,7 +65,7 @@ def _paths() -> dict[str, Any]:
         },
         "/admin/versions/{name}/promote": {
             "parameters": [name],
-            "post": _operation("promote", "Answer with this version from the next batch on", version, _ref("Promotion"), required=False),
+            "post": _operation("promote", "Answer with this version from now on", version, _ref("Promotion"), required=False),
         },
         "/admin/versions/{name}/metrics": {
             "parameters": [name],

@@ -73,10 +73,8 @@ def test_openai_client_gets_answers_that_are_kept_with_all_that_learning_needs(c
     done = client.chat.completions.create(model="tiny", messages=HELLO, n=3, max_tokens=9, seed=5, temperature=0.9, top_p=0.95, user="ann")
     tokenizer = running.engine.models.tokenizer
     prompt = tokenizer(tokenizer.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids
-    with running.engine.models.serving() as model:
-        expected = generate(
-            model, [prompt] * 3, max_new_tokens=9, eos_token_id=sorted(running.engine.models.eos), temperature=0.9, top_p=0.95, seed=5
-        )
+    sampling = {"max_new_tokens": 9, "eos_token_id": sorted(running.engine.models.eos), "temperature": 0.9, "top_p": 0.95, "seed": 5}
+    expected = running.engine._between_answers(lambda: generate(running.engine.models.base, [prompt] * 3, **sampling))
     kept = list(running.store.answers(response=done.id))
     assert [a.id for a in kept] == [f"{done.id}-{i}" for i in range(3)] == [choice.answer_id for choice in done.choices]
     for choice, answer, drawn in zip(done.choices, kept, expected):
@@ -336,7 +334,7 @@ def test_rates_and_running_requests_are_limited_for_each_token(models: Path, tmp
         assert [reply.status_code for reply in replies] == [200] * 6 + [429] * 2
         assert 1 <= int(replies[-1].headers["retry-after"]) <= 11 and replies[-1].json()["error"]["type"] == "rate_limit_error"
         hold, held = threading.Event(), threading.Event()
-        order = threading.Thread(target=lambda: running.engine._between_batches(lambda: (held.set(), hold.wait(20))))
+        order = threading.Thread(target=lambda: running.engine._between_answers(lambda: (held.set(), hold.wait(20))))
         first = threading.Thread(target=lambda: ask(httpx.Client(base_url=running.url, headers=keys[1], timeout=30), stream=True))
         order.start()
         held.wait(20)
@@ -399,7 +397,7 @@ def test_a_client_that_leaves_frees_its_row(http: httpx.Client, running: Running
 def test_a_full_queue_is_a_503_that_says_when_to_come_back(models: Path, tmp_path: Path):
     with Running(config_for(models, tmp_path, open=True, max_waiting=1)) as running, httpx.Client(base_url=running.url, timeout=30) as http:
         hold, held = threading.Event(), threading.Event()
-        order = threading.Thread(target=lambda: running.engine._between_batches(lambda: (held.set(), hold.wait(20))))
+        order = threading.Thread(target=lambda: running.engine._between_answers(lambda: (held.set(), hold.wait(20))))
         order.start()
         held.wait(20)
         results: list[httpx.Response] = []
