@@ -15,8 +15,8 @@ from fastalign.serve.config import ServeConfig
 from fastalign.serve.engine import Engine
 from fastalign.serve.guard import Caller, json_response, read_body
 from fastalign.serve.records import Version
-from fastalign.serve.store import Store
-from fastalign.serve.wire import ApiError, parse_metrics, parse_rollback, parse_version
+from fastalign.serve.store import Store, check_live
+from fastalign.serve.wire import ApiError, parse_metrics, parse_promotion, parse_rollback, parse_version
 
 
 class Admin:
@@ -55,19 +55,25 @@ class Admin:
         return json_response(asdict(version))
 
     async def promote(self, request: Request, caller: Caller) -> Response:
-        """Answer with a version from the next batch on; 409 with the reason where it cannot, and the one before goes on."""
-        return json_response(asdict(await asyncio.to_thread(self._promote, request.path_params["name"])))
+        """Answer with a version from now on; 409 with the reason where it cannot, and the one before goes on.
+
+        "expected" of the body, which may be left out, says which version it should replace.
+        """
+        expected = parse_promotion(await read_body(request, self.config.max_body, optional=True))
+        return json_response(asdict(await asyncio.to_thread(self._promote, request.path_params["name"], expected)))
 
     async def roll_back(self, request: Request, caller: Caller) -> Response:
         """Answer with the version that was live before; "to" says which one that should be."""
         to, reason = parse_rollback(await read_body(request, self.config.max_body))
         return json_response(asdict(await asyncio.to_thread(self._roll_back, to, reason)))
 
-    def _promote(self, name: str) -> Version:
+    def _promote(self, name: str, expected: str | None) -> Version:
         version = self.store.version(name)
         if version.state == "live" and self.engine.models.current.version == name:
             return version
-        return self._swap(version, lambda: self.store.promote(name))
+        if version.state != "live":
+            check_live(self.store.live_version(), expected)  # before anything is read; what counts is that it is so at the change
+        return self._swap(version, lambda: self.store.promote(name, expected=expected))
 
     def _roll_back(self, to: str | None, reason: str) -> Version:
         target = self.store.rollback_target()

@@ -24,8 +24,8 @@ class ServeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights; auto: as they are stored
     device: str = "auto"  # auto: cuda where there is one, else cpu
     max_new_tokens: int = 1024  # of an answer whose request does not say how many
-    max_rows: int = 16  # answers of one batch
-    max_tokens: int = 32768  # of one batch, with padding and all that may be generated; bounds the cache
+    max_rows: int = 16  # answers that are made together
+    max_tokens: int = 32768  # of the answers made together, with prompts, padding and all that may be generated; bounds the cache
     max_waiting: int = 256  # requests that may wait; more are told to come back (503)
     rate: int = 120  # requests per minute and token; more are told to wait (429)
     concurrent: int = 16  # requests at the same time and token

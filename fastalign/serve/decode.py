@@ -1,4 +1,4 @@
-"""Generating a batch of answers token by token: each row with its own sampling, its own random numbers and its own end.
+"""Generating answers together, token by token: each row with its own sampling, its own random numbers, beginning and end.
 
 Row i of a request with seed s draws what `fastalign.rollout.generate` draws for member i with seed s. What a row is batched
 with changes its logits by rounding only; its random numbers depend on seed and index alone.
@@ -7,15 +7,16 @@ with changes its logits by rounding only; its random numbers depend on seed and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fastalign.models.trunk import causal_lm, evaluation, stock_attention
+from fastalign.models.trunk import causal_lm
 from fastalign.rollout.generate import draw, truncate
 from fastalign.serve.text import TextStream
 
@@ -76,46 +77,113 @@ class Row:
         return piece
 
 
-def decode(
-    model: Any,
-    rows: Sequence[Row],
-    eos: frozenset[int],
-    emit: Callable[[list[tuple[Row, str]]], None],
-) -> None:
-    """Fill every row until it has a finish_reason or is cancelled; `emit` gets each step's rows with the text that each may show.
+Drawn = tuple[Row, str]  # a row that has one more token, and the text that it may show now
 
-    A row that is done leaves the batch, and its part of the cache with it. Every row needs a token in its prompt and room for
-    one in its answer.
+
+class Batch:
+    """Rows that are generated together, a token of each at a time.
+
+    Rows may be added between two steps, and leave when they have a finish_reason or are cancelled. The cache has as many slots
+    for each row as the longest one needs; shorter ones are padded at the left, so that the next token of all goes into one slot.
+    The model that `read` and `step` get is the same one each time, inside `evaluation` and `stock_attention`.
     """
-    causal = causal_lm(model)
-    device = next(causal.parameters()).device
-    options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in inspect.signature(causal.forward).parameters:
-        options["logits_to_keep"] = 1
-    running, pad = list(rows), min(eos)
-    longest = max(len(row.prompt) for row in running)
-    ids = torch.tensor([[pad] * (longest - len(row.prompt)) + list(row.prompt) for row in running], device=device)
-    mask = torch.tensor([[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in running], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = None
-    with evaluation(model), stock_attention(model):
-        while True:
-            out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **options)
-            cache = out.past_key_values
-            chosen = _draw(out.logits[:, -1], running)
-            pieces = [(row, row.add(token, logp, eos)) for row, (token, logp) in zip(running, chosen)]
-            emit(pieces)
-            keep = [i for i, row in enumerate(running) if not (row.finish_reason or row.cancelled)]
-            if not keep:
-                return
-            last = positions[:, -1:]
-            if len(keep) < len(running):
-                kept = torch.tensor(keep, device=device)
-                cache.batch_select_indices(kept)
-                mask, last, running = mask[kept], last[kept], [running[i] for i in keep]
-            ids = torch.tensor([[row.tokens[-1]] for row in running], device=device)
-            mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
-            positions = last + 1
+
+    def __init__(self, eos: frozenset[int]) -> None:
+        self.eos = eos
+        self.rows: list[Row] = []
+        self._cache: Any = None
+        self._mask = torch.empty(0, 0, dtype=torch.int64)  # (B, slots), 0 for padding
+
+    @classmethod
+    def read(cls, model: Any, rows: Sequence[Row], eos: frozenset[int]) -> tuple[Batch, list[Drawn]]:
+        """A batch that has read the prompts of `rows` and drawn their first tokens, as in `step`; one that is done already is not in it.
+
+        Every row needs a token in its prompt and room for one in its answer.
+        """
+        batch, pad, longest = cls(eos), min(eos), max(len(row.prompt) for row in rows)
+        batch.rows = list(rows)
+        device = next(causal_lm(model).parameters()).device
+        ids = torch.tensor([[pad] * (longest - len(row.prompt)) + list(row.prompt) for row in rows], device=device)
+        batch._mask = torch.tensor([[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
+        return batch, batch._advance(model, ids, (batch._mask.cumsum(-1) - 1).clamp(min=0))
+
+    @property
+    def slots(self) -> int:
+        """Of each row in the cache."""
+        return self._mask.shape[1] if self.rows else 0
+
+    @property
+    def open(self) -> bool:
+        """Whether other rows can be added: not to a cache of layers that we do not know how to pad."""
+        layers = getattr(self._cache, "layers", ())
+        return not self.rows or (bool(layers) and all(type(layer).__name__ in _PADDED for layer in layers))
+
+    def add(self, other: Batch) -> None:
+        """Take the rows of another batch in, which is of no use afterwards."""
+        if not other.rows:
+            return
+        if not self.rows:
+            self.rows, self._cache, self._mask = other.rows, other._cache, other._mask
+            return
+        more = other.slots - self.slots
+        self._pad(max(more, 0))
+        other._pad(max(-more, 0))
+        for layer, added in zip(self._cache.layers, other._cache.layers):
+            if layer.keys is not None:  # else a layer that looks into another one's
+                layer.keys, layer.values = torch.cat([layer.keys, added.keys]), torch.cat([layer.values, added.values])
+        self.rows, self._mask = self.rows + other.rows, torch.cat([self._mask, other._mask])
+
+    def step(self, model: Any) -> list[Drawn]:
+        """Draw the next token of every row; what each may show now. Rows that are done then leave."""
+        ids = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._mask.device)
+        positions = self._mask.sum(1, keepdim=True)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
+        return self._advance(model, ids, positions)
+
+    def _advance(self, model: Any, ids: Tensor, positions: Tensor) -> list[Drawn]:
+        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters else {}
+        out = model(
+            input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **options
+        )
+        self._cache = out.past_key_values
+        chosen = _draw(out.logits[:, -1], self.rows)
+        pieces = [(row, row.add(token, logp, self.eos)) for row, (token, logp) in zip(self.rows, chosen)]
+        self._leave()
+        return pieces
+
+    def _leave(self) -> None:
+        keep = [i for i, row in enumerate(self.rows) if not (row.finish_reason or row.cancelled)]
+        if len(keep) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in keep]
+        if not keep:
+            self._cache = None
+            return
+        kept = torch.tensor(keep, device=self._mask.device)
+        self._cache.batch_select_indices(kept)
+        self._mask = self._mask[kept]
+        if self.open:
+            self._pad(-int(self._mask.argmax(1).min()))  # what is padding in every row by now
+
+    def _pad(self, more: int) -> None:
+        """So many more slots of padding at the left, or fewer."""
+        if not more:
+            return
+        for layer in self._cache.layers:
+            if layer.keys is not None:
+                _pad_layer(layer, more)
+        self._mask = functional.pad(self._mask, (more, 0))
+
+
+_PADDED = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of Transformers' cache
+
+
+def _pad_layer(layer: Any, more: int) -> None:
+    """A layer with a window keeps its last window - 1 slots, and counts those that it has seen."""
+    if layer.is_sliding:
+        layer.cumulative_length += more
+        more = min(layer.cumulative_length, layer.sliding_window - 1) - layer.keys.shape[-2]
+    layer.keys, layer.values = functional.pad(layer.keys, (0, 0, more, 0)), functional.pad(layer.values, (0, 0, more, 0))
 
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> list[tuple[int, float]]:

@@ -1,6 +1,7 @@
-"""One thread that answers: requests that wait are generated together, and a change of version happens between two batches.
+"""One thread that answers: requests are generated together, joining and leaving between two tokens.
 
-So every answer is made by one version from its first token to its last, and no request is dropped for a change.
+A change of version waits until the answers that are being made have ended, and new requests wait for the change. So every
+answer is made by one version from its first token to its last, and no request is dropped for a change.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from fastalign.errors import FastalignError
-from fastalign.serve.decode import Row, RowSampling, decode
+from fastalign.models.trunk import evaluation, stock_attention
+from fastalign.serve.decode import Batch, Drawn, Row, RowSampling
 from fastalign.serve.models import Models
 from fastalign.serve.text import TextStream
 
 log = logging.getLogger(__name__)
+
+STRETCH = 32  # steps with the model at most, before something else may have it
 
 
 class QueueFullError(FastalignError, RuntimeError):
@@ -68,14 +72,20 @@ class Engine:
         self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
-        self.running = 0  # jobs in the batch of the moment
+        self._batch: Batch | None = None  # rows that are being generated
+        self._owners: dict[int, Job] = {}  # by id(row)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait for a batch."""
+        """Jobs that have not begun."""
         return len(self._jobs)
+
+    @property
+    def running(self) -> int:
+        """Jobs that are being answered."""
+        return len({id(job) for job in list(self._owners.values())})
 
     @property
     def alive(self) -> bool:
@@ -87,7 +97,7 @@ class Engine:
         return [Row(tuple(prompt), sampling, index, TextStream(self.models.tokenizer, sampling.stops)) for index in range(n)]
 
     def submit(self, job: Job) -> None:
-        """Let a job wait for its batch. Raises QueueFullError."""
+        """Let a job wait for its turn. Raises QueueFullError."""
         with self._changed:
             if self._stopping:
                 raise QueueFullError("the service is shutting down; try again when it is back")
@@ -97,11 +107,11 @@ class Engine:
             self._changed.notify()
 
     def swap(self, version: str, folder: str, commit: Callable[[], Any]) -> Any:
-        """Answer with another version from the next batch on, and return what `commit` returns.
+        """Answer with another version from now on, and return what `commit` returns.
 
         `commit` runs when the version can answer; when it raises, or the version cannot be loaded (ModelError), the version
-        before stays. Blocks the calling thread; requests wait meanwhile and are answered by the new version. A whole model is read
-        while the one before still answers.
+        before stays. Blocks the calling thread until the answers that are being made have ended; requests wait meanwhile and are
+        answered by the new version. A whole model is read while the one before still answers.
         """
         model = self.models.read(folder)
 
@@ -116,7 +126,7 @@ class Engine:
             self.models.remove(before)
             return result
 
-        return self._between_batches(change)
+        return self._between_answers(change)
 
     def stop(self) -> None:
         """Answer all that wait, then end; no job is taken any more."""
@@ -125,7 +135,7 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def _between_batches(self, order: Callable[[], Any]) -> Any:
+    def _between_answers(self, order: Callable[[], Any]) -> Any:
         future: Future[Any] = Future()
         with self._changed:
             if self._stopping:
@@ -137,57 +147,95 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._jobs or self._orders or self._stopping):
+                while not (self._jobs or self._orders or self._batch or self._stopping):
                     self._changed.wait()
-                if not self._jobs and not self._orders:
+                if not (self._jobs or self._orders or self._batch):
                     return
-                order = self._orders.popleft() if self._orders else None
-                batch = [] if order else self._take()
-                self.running = len(batch)
-            if order is not None:
-                call, future = order
-                try:
-                    future.set_result(call())
-                except Exception as error:
-                    future.set_exception(error)
-            elif batch:
-                self._answer(batch)
-                self.running = 0
+                order = self._orders.popleft() if self._orders and not self._batch else None
+            if order is None:
+                self._stretch()
+                continue
+            call, future = order
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _stretch(self) -> None:
+        """Some steps with the current version; the model is used nowhere else."""
+        try:
+            with self.models.serving() as model, evaluation(model), stock_attention(model):
+                for _ in range(STRETCH):
+                    self._begin(model, self._joining())
+                    if self._batch is None:
+                        return
+                    self._tell(self._batch.step(model))
+                    self._keep(self._batch)
+        except Exception as error:  # out of memory, or a fault of the model: these answers fail, the next ones are another matter
+            jobs = self._owners.values()
+            self._batch, self._owners = None, {}
+            self._fail(jobs, error)
+
+    def _joining(self) -> list[Job]:
+        """The oldest jobs that can be answered beside those that are; the first of all always can."""
+        with self._changed:
+            if self._orders or (self._batch and not self._batch.open):
+                return []
+            return self._take()
 
     def _take(self) -> list[Job]:
-        """The oldest jobs that fit into a batch together; the first one always does."""
-        batch: list[Job] = []
-        rows = longest = 0
+        taken: list[Job] = []
+        running = self._batch.rows if self._batch else []
+        rows, slots = len(running), self._batch.slots if self._batch else 0
+        left = max((row.sampling.max_new_tokens - len(row.tokens) for row in running), default=0)
         while self._jobs:
             job = self._jobs[0]
             if not job.cancelled:
-                length = max(longest, *(len(row.prompt) + row.sampling.max_new_tokens for row in job.rows))
-                if batch and (rows + len(job.rows) > self.max_rows or (rows + len(job.rows)) * length > self.max_tokens):
+                wide = max(slots, *(len(row.prompt) for row in job.rows))
+                long = max(left, *(row.sampling.max_new_tokens for row in job.rows))
+                many = rows + len(job.rows)
+                if rows and (many > self.max_rows or many * (wide + long) > self.max_tokens):
                     break
-                batch.append(job)
-                rows, longest = rows + len(job.rows), length
+                taken.append(job)
+                rows, slots, left = many, wide, long
             self._jobs.popleft()
-        return batch
+        return taken
 
-    def _answer(self, batch: list[Job]) -> None:
-        owner = {id(row): job for job in batch for row in job.rows}
-        for job in batch:
+    def _begin(self, model: Any, jobs: list[Job]) -> None:
+        """Read the prompts of jobs, which join those that are being answered. What fails here fails these jobs alone."""
+        rows = [row for job in jobs for row in job.rows]
+        if not rows:
+            return
+        for job in jobs:
             job.version = self.models.current.version
-
-        def emit(pieces: list[tuple[Row, str]]) -> None:
-            heard: dict[int, tuple[Job, list[Piece]]] = {}
-            for row, text in pieces:
-                job = owner[id(row)]
-                heard.setdefault(id(job), (job, []))[1].append(Piece(row, text, len(row.tokens), row.finish_reason is not None))
-            for job, parts in heard.values():
-                if not job.cancelled:
-                    job.listener(parts)
-
+            self._owners |= {id(row): job for row in job.rows}
         try:
-            with self.models.serving() as model:
-                decode(model, [row for job in batch for row in job.rows], self.models.eos, emit)
-        except Exception as error:  # out of memory, or a fault of the model: this batch fails, the next one is another matter
-            log.error("a batch of %d requests failed: %s: %s", len(batch), type(error).__name__, error)
-            for job in batch:
-                if not job.cancelled and not all(row.finish_reason for row in job.rows):
-                    job.listener(error)
+            fresh, drawn = Batch.read(model, rows, self.models.eos)
+        except Exception as error:
+            self._owners = {key: job for key, job in self._owners.items() if job not in jobs}
+            self._fail(jobs, error)
+            return
+        self._tell(drawn)
+        if self._batch:
+            self._batch.add(fresh)
+        self._keep(self._batch or fresh)
+
+    def _keep(self, batch: Batch) -> None:
+        self._batch = batch if batch.rows else None
+        self._owners = {id(row): self._owners[id(row)] for row in batch.rows}
+
+    def _tell(self, drawn: list[Drawn]) -> None:
+        heard: dict[int, tuple[Job, list[Piece]]] = {}
+        for row, text in drawn:
+            job = self._owners[id(row)]
+            heard.setdefault(id(job), (job, []))[1].append(Piece(row, text, len(row.tokens), row.finish_reason is not None))
+        for job, parts in heard.values():
+            if not job.cancelled:
+                job.listener(parts)
+
+    def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
+        jobs = list({id(job): job for job in jobs}.values())
+        log.error("%d requests failed: %s: %s", len(jobs), type(error).__name__, error)
+        for job in jobs:
+            if not job.cancelled and not all(row.finish_reason for row in job.rows):
+                job.listener(error)

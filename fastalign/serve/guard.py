@@ -141,11 +141,15 @@ class Endpoint:
             log.info("%s %s %d %.0f ms %s", scope["method"], self.handler.__name__, status, took, who)
 
 
-async def read_body(request: Request, limit: int) -> dict[str, Any]:
-    """The JSON object that a request sends. Raises ApiError 408, 413 and 415, and 400 for what is no JSON object."""
+async def read_body(request: Request, limit: int, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object that a request sends; where it is `optional`, {} for nothing.
+
+    Raises ApiError 408, 413 and 415, and 400 for what is no JSON object.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"the content type must be application/json, got {kind!r:.80}")
+    unfit = ApiError(415, f"the content type must be application/json, got {kind!r:.80}") if kind != "application/json" else None
+    if unfit and (kind or not optional):
+        raise unfit
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > limit:
         raise ApiError(413, f"a body may have {limit} bytes", code="body_too_large", headers={"connection": "close"})
@@ -159,9 +163,14 @@ async def read_body(request: Request, limit: int) -> dict[str, Any]:
         return bytes(data)
 
     try:
-        return read_object(await asyncio.wait_for(receive(), BODY_SECONDS))
+        data = await asyncio.wait_for(receive(), BODY_SECONDS)
     except asyncio.TimeoutError as error:
         raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s", headers={"connection": "close"}) from error
+    if optional and not data:
+        return {}
+    if unfit:
+        raise unfit
+    return read_object(data)
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -198,5 +207,5 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, (DataError, FastalignError)):
         return ApiError(400, told)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return ApiError(503, "no memory left for this batch; try again later", kind="server_error", code="out_of_memory", headers=again)
+        return ApiError(503, "no memory left for this answer; try again later", kind="server_error", code="out_of_memory", headers=again)
     return ApiError(500, "the service failed; its log says how", kind="server_error", code="internal_error")

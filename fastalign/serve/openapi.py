@@ -63,7 +63,7 @@ def _paths() -> dict[str, Any]:
         },
         "/admin/versions/{name}/promote": {
             "parameters": [name],
-            "post": _operation("promote", "Answer with this version from the next batch on", version),
+            "post": _operation("promote", "Answer with this version from now on", version, _ref("Promotion"), required=False),
         },
         "/admin/versions/{name}/metrics": {
             "parameters": [name],
@@ -151,22 +151,25 @@ def _schemas(model: str) -> dict[str, Any]:
         "NewVersion": new_version,
         "Version": version,
         "Metrics": {"type": "object", "additionalProperties": {"type": ["number", "string", "boolean"]}},
+        "Promotion": _optional(expected=WORD),
         "Rollback": _optional(to=WORD, reason={"type": "string", "maxLength": 4000}),
         "DayCount": _object(day=TEXT, version=TEXT, kind=TEXT, count=COUNT, positive=COUNT),
         "Event": _object(id=COUNT, kind=TEXT, detail={"type": "object"}, created=NUMBER),
         "Health": _object(status={"enum": ["ok", "failed"]}, open={"type": "boolean"}, model=TEXT),
     }
     error = _object(message=TEXT, type=TEXT, param=_maybe(TEXT), code=_maybe(TEXT))
-    for sent in ("ChatRequest", "Feedback", "NewVersion", "Rollback"):
+    for sent in ("ChatRequest", "Feedback", "NewVersion", "Promotion", "Rollback"):
         schemas[sent]["additionalProperties"] = False
     return {**schemas, "Error": _object(error=error)}
 
 
-def _operation(name: str, summary: str, responses: dict[str, Any], body: dict[str, Any] | None = None) -> dict[str, Any]:
+def _operation(
+    name: str, summary: str, responses: dict[str, Any], body: dict[str, Any] | None = None, *, required: bool = True
+) -> dict[str, Any]:
     failures = {str(status): _response(text, _ref("Error")) for status, text in _STATUSES.items()}
     found: dict[str, Any] = {"operationId": name, "summary": summary, "responses": {**responses, **failures}}
     if body is not None:
-        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+        found["requestBody"] = {"required": required, "content": {"application/json": {"schema": body}}}
     return found
 
 

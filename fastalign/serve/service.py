@@ -41,11 +41,16 @@ def serve(config: ServeConfig) -> None:
         address = listener.getsockname()
         place = f"[{address[0]}]" if ":" in address[0] else address[0]
         log.info("%s answers at http://%s:%d (stop with Ctrl-C)", config.model_name, place, address[1])
-        options: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False, "lifespan": "on"}
-        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=config.grace, **options))
-        server.run(sockets=[listener])
+        uvicorn.Server(uvicorn.Config(app, **server_options(config))).run(sockets=[listener])
     finally:
         listener.close()
+
+
+def server_options(config: ServeConfig) -> dict[str, Any]:
+    """How uvicorn listens. Clients and proxies must close an idle connection before it does (httpx after 5 s, nginx after 60 s):
+    one that sends a request while the service closes sees the request fail."""
+    quiet: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+    return {**quiet, "lifespan": "on", "timeout_graceful_shutdown": config.grace, "timeout_keep_alive": 75}
 
 
 def build(config: ServeConfig) -> Any:

@@ -93,10 +93,12 @@ class Store:
         self.database.write(work).result()
         return self.version(name)
 
-    def promote(self, name: str) -> Version:
+    def promote(self, name: str, *, expected: str | None = None) -> Version:
         """Make a version the live one; the one before is retired. Nothing changes where it is live already.
 
-        This is bookkeeping: a running service changes its model by POST /admin/versions/NAME/promote, which ends here.
+        `expected` names the version that the caller wants to replace; StoreConflictError when another one is live by now, such
+        as after a roll-back that the caller has not heard of. This is bookkeeping: a running service changes its model by
+        POST /admin/versions/NAME/promote, which ends here.
         """
 
         def work(connection: sqlite3.Connection) -> None:
@@ -104,6 +106,7 @@ class Store:
             before = _live(connection)
             if before is not None and before.name == name:
                 return
+            check_live(before, expected)
             _go_live(connection, name, before, "retired")
             _event(connection, "promoted", {"version": name, "replaced": before.name if before else None})
 
@@ -307,6 +310,12 @@ def _version(connection: sqlite3.Connection, name: str) -> Version:
 def _live(connection: sqlite3.Connection) -> Version | None:
     row = connection.execute("SELECT * FROM versions WHERE state = 'live'").fetchone()
     return _as_version(row) if row else None
+
+
+def check_live(live: Version | None, expected: str | None) -> None:
+    """Raises StoreConflictError when `expected` is given and another version is live."""
+    if expected is not None and (live is None or live.name != expected):
+        raise StoreConflictError(f"version {live.name if live else 'none'!r} is live by now, not {expected!r:.80}; look again")
 
 
 def _rollback_target(connection: sqlite3.Connection) -> Version:

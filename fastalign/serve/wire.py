@@ -190,6 +190,12 @@ def parse_metrics(body: dict[str, Any], *, required: bool = True) -> dict[str, A
     return metrics
 
 
+def parse_promotion(body: dict[str, Any]) -> str | None:
+    """The version that the caller expects to replace."""
+    _refuse_unknown(body, ("expected",))
+    return _text(body, "expected", 64)
+
+
 def parse_rollback(body: dict[str, Any]) -> tuple[str | None, str]:
     """(the version that the caller expects to get to, the reason)"""
     _refuse_unknown(body, ("to", "reason"))

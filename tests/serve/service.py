@@ -17,7 +17,7 @@ from fastalign.models.load import load_model
 from fastalign.models.save import save_final
 from fastalign.serve.config import ServeConfig
 from fastalign.serve.engine import Engine
-from fastalign.serve.service import _listen, build
+from fastalign.serve.service import _listen, build, server_options
 from fastalign.serve.store import Store
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -60,9 +60,7 @@ class Running:
         self.listener = _listen(config)
         self.app = build(config)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server = uvicorn.Server(
-            uvicorn.Config(self.app, access_log=False, log_level="warning", lifespan="on", timeout_graceful_shutdown=20)
-        )
+        self.server = uvicorn.Server(uvicorn.Config(self.app, **server_options(config)))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
         while not self.server.started:

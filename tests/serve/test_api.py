@@ -73,10 +73,8 @@ def test_openai_client_gets_answers_that_are_kept_with_all_that_learning_needs(c
     done = client.chat.completions.create(model="tiny", messages=HELLO, n=3, max_tokens=9, seed=5, temperature=0.9, top_p=0.95, user="ann")
     tokenizer = running.engine.models.tokenizer
     prompt = tokenizer(tokenizer.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids
-    with running.engine.models.serving() as model:
-        expected = generate(
-            model, [prompt] * 3, max_new_tokens=9, eos_token_id=sorted(running.engine.models.eos), temperature=0.9, top_p=0.95, seed=5
-        )
+    sampling = {"max_new_tokens": 9, "eos_token_id": sorted(running.engine.models.eos), "temperature": 0.9, "top_p": 0.95, "seed": 5}
+    expected = running.engine._between_answers(lambda: generate(running.engine.models.base, [prompt] * 3, **sampling))
     kept = list(running.store.answers(response=done.id))
     assert [a.id for a in kept] == [f"{done.id}-{i}" for i in range(3)] == [choice.answer_id for choice in done.choices]
     for choice, answer, drawn in zip(done.choices, kept, expected):
@@ -336,7 +334,7 @@ def test_rates_and_running_requests_are_limited_for_each_token(models: Path, tmp
         assert [reply.status_code for reply in replies] == [200] * 6 + [429] * 2
         assert 1 <= int(replies[-1].headers["retry-after"]) <= 11 and replies[-1].json()["error"]["type"] == "rate_limit_error"
         hold, held = threading.Event(), threading.Event()
-        order = threading.Thread(target=lambda: running.engine._between_batches(lambda: (held.set(), hold.wait(20))))
+        order = threading.Thread(target=lambda: running.engine._between_answers(lambda: (held.set(), hold.wait(20))))
         first = threading.Thread(target=lambda: ask(httpx.Client(base_url=running.url, headers=keys[1], timeout=30), stream=True))
         order.start()
         held.wait(20)
@@ -399,7 +397,7 @@ def test_a_client_that_leaves_frees_its_row(http: httpx.Client, running: Running
 def test_a_full_queue_is_a_503_that_says_when_to_come_back(models: Path, tmp_path: Path):
     with Running(config_for(models, tmp_path, open=True, max_waiting=1)) as running, httpx.Client(base_url=running.url, timeout=30) as http:
         hold, held = threading.Event(), threading.Event()
-        order = threading.Thread(target=lambda: running.engine._between_batches(lambda: (held.set(), hold.wait(20))))
+        order = threading.Thread(target=lambda: running.engine._between_answers(lambda: (held.set(), hold.wait(20))))
         order.start()
         held.wait(20)
         results: list[httpx.Response] = []
@@ -482,6 +480,44 @@ def test_versions_are_added_promoted_and_rolled_back(models: Path, tmp_path: Pat
             assert http.post(f"/admin/versions/{quote(name, safe='')}/promote").status_code in (404, 405)
     with Running(config) as again, httpx.Client(base_url=again.url, timeout=30) as http:  # a new start serves the live version
         assert ask(http, **greedy).json()["choices"][0]["message"] == one["choices"][0]["message"]
+
+
+def test_a_promotion_says_which_version_it_expects_to_replace(models: Path, tmp_path: Path, monkeypatch):
+    with Running(config_for(models, tmp_path, open=True)) as running, httpx.Client(base_url=running.url, timeout=30) as http:
+        for name in ("one", "two"):
+            running.store.add_version(name, models / name)
+        path = "/admin/versions/{}/promote".format
+        assert http.post(path("one"), json={"expected": "base"}).json()["replaced"] == "base"
+        assert http.post(path("one"), json={"expected": "base"}).status_code == 200  # live already: nothing to replace
+        assert http.post("/admin/rollback", json={"to": "base"}).status_code == 200
+        monkeypatch.setattr(running.engine.models, "read", lambda folder: pytest.fail("read for nothing"))
+        late = http.post(path("two"), json={"expected": "one"})
+        assert late.status_code == 409 and "version 'base' is live by now, not 'one'" in late.json()["error"]["message"]
+        monkeypatch.undo()
+
+        def rolled_back_meanwhile(*args, read=running.engine.models.read):
+            running.store.promote("one")
+            return read(*args)
+
+        monkeypatch.setattr(running.engine.models, "read", rolled_back_meanwhile)
+        late = http.post(path("two"), json={"expected": "base"})
+        assert late.status_code == 409 and running.engine.models.current.version == "base" and not running.engine.models.adapters()
+        assert running.store.live_version().name == "one" and running.store.version("two").state == "candidate"
+        monkeypatch.undo()
+        assert http.post(path("two"), json={"expected": "one"}).json()["state"] == "live"
+        bare = {"content-type": ""}
+        for content, headers, status in [
+            (b"", {}, 200),
+            (b"", {"content-type": "application/json"}, 200),
+            (b"{}", {"content-type": "application/json"}, 200),
+            (b'{"expected": "two"}', bare, 415),
+            (b'{"expected": "one"}', {"content-type": "text/plain"}, 415),
+            (b'{"expected": 3}', {"content-type": "application/json"}, 400),
+            (b'{"expects": "one"}', {"content-type": "application/json"}, 400),
+            (b"[]", {"content-type": "application/json"}, 400),
+        ]:
+            reply = http.post(path("two"), content=content, headers=headers)
+            assert reply.status_code == status, (content, headers, reply.text)
 
 
 def test_stopping_finishes_the_answers_that_are_being_given(models: Path, tmp_path: Path):

@@ -1,10 +1,11 @@
-"""The engine: answers equal those of plain generation, batch or no batch; versions change between batches; rows are freed."""
+"""The engine: answers equal those of plain generation, whatever joins and leaves; versions change between answers; rows are freed."""
 
 from __future__ import annotations
 
 import queue
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from tiny import save_tiny, tiny_tokenizer
 
 from fastalign.errors import ModelError
 from fastalign.models.config import ModelConfig
-from fastalign.models.trunk import stock_attention
+from fastalign.models.trunk import evaluation, stock_attention
 from fastalign.rollout.generate import generate
-from fastalign.serve.decode import Row, RowSampling, decode
+from fastalign.serve.decode import Batch, Row, RowSampling
 from fastalign.serve.engine import Engine, Job, QueueFullError
 from fastalign.serve.models import Models
 from fastalign.serve.text import TextStream
@@ -55,20 +56,23 @@ def finish(job: Job, heard: queue.Queue) -> list[Row]:
             return job.rows
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3"])  # rotary, learned positions, sliding windows with softcaps
-def test_a_row_is_what_generation_alone_draws_whatever_its_neighbours(family: str, tmp_path: Path):
-    """Different prompts, temperatures, nuclei, lengths and seeds in one batch, each equal to generate() of that row alone."""
-    models = Models(ModelConfig(path=str(save_tiny(tmp_path / family, family))))
-    samplings = [
-        RowSampling(24, 1.0, 1.0, seed=3),
-        RowSampling(3, 0.0),
-        RowSampling(18, 0.7, 0.8, seed=9),
-        RowSampling(24, 1.5, 0.8, seed=3),
-    ]
-    prompts = [(40, 41, 42), tuple(range(60, 90)), (7,), (40, 41, 42)]
-    rows = [Row(p, s, i % 2, TextStream(models.tokenizer)) for i, (p, s) in enumerate(zip(prompts, samplings))]
+SAMPLINGS = [
+    RowSampling(24, 1.0, 1.0, seed=3),
+    RowSampling(3, 0.0),
+    RowSampling(18, 0.7, 0.8, seed=9),
+    RowSampling(24, 1.5, 0.8, seed=3),
+]
+PROMPTS = [(40, 41, 42), tuple(range(60, 90)), (7,), (40, 41, 42)]
+
+
+def rows_of(models: Models, count: int = 4) -> list[Row]:
+    """Different prompts, temperatures, nuclei, lengths and seeds."""
+    return [Row(PROMPTS[i % 4], SAMPLINGS[i % 4], i % 2 + i // 4, TextStream(models.tokenizer)) for i in range(count)]
+
+
+def check_alone(models: Models, rows: list[Row]) -> None:
+    """Each row is what generate() draws for it alone."""
     with models.serving() as model:
-        decode(model, rows, models.eos, lambda pieces: None)
         for row in rows:
             s = row.sampling
             alone = generate(
@@ -77,7 +81,63 @@ def test_a_row_is_what_generation_alone_draws_whatever_its_neighbours(family: st
             )[row.index]  # fmt: skip
             assert tuple(row.tokens) == alone.tokens and row.finish_reason == ("stop" if alone.finished else "length")
             torch.testing.assert_close(torch.tensor(row.logps), torch.tensor(alone.logps), rtol=1e-4, atol=1e-4)
-    assert len({tuple(row.tokens) for row in rows}) == 4
+
+
+# Rotary, learned positions, sliding windows (of 8 tokens) with softcaps, windows in every layer.
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3", "mistral"])
+@pytest.mark.parametrize("joins", [(0, 0, 0, 0), (0, 0, 2, 5), (0, 1, 2, 3), (0, 16, 17, 30), (3, 2, 1, 0)], ids=str)
+def test_a_row_is_what_generation_alone_draws_whatever_its_neighbours(family: str, joins: tuple[int, ...], tmp_path: Path):
+    """Row i joins before step joins[i]; others have ended by then, or run on."""
+    models = Models(ModelConfig(path=str(save_tiny(tmp_path / family, family))))
+    rows, batch, step, widths = rows_of(models), Batch(models.eos), 0, []
+    with models.serving() as model, evaluation(model), stock_attention(model):
+        while not all(row.finish_reason for row in rows):
+            new = [row for row, at in zip(rows, joins) if at == step]
+            if new:
+                assert batch.open
+                batch.add(Batch.read(model, new, models.eos)[0])
+            if batch.rows:
+                batch.step(model)
+                longest = max((len(row.prompt) + len(row.tokens) - 1 for row in batch.rows), default=0)
+                assert batch.slots == longest  # no more than the longest row needs, also after a longer one has left
+                widths.append(len(batch.rows))
+            step += 1
+    check_alone(models, rows)
+    assert len({tuple(row.tokens) for row in rows}) == 4 and widths[-1] == 0 and max(widths) > (joins[1] < 16)
+
+
+def test_rows_that_come_and_go_in_any_order_are_what_generation_alone_draws(tmp_path: Path):
+    models = Models(ModelConfig(path=str(save_tiny(tmp_path / "gemma3", "gemma3"))))
+    rows, batch, random = rows_of(models, 24), Batch(models.eos), torch.Generator().manual_seed(0)
+    waiting, cancelled = list(rows), rows[5::7]
+    with models.serving() as model, evaluation(model), stock_attention(model):
+        while waiting or batch.rows:
+            count = min(len(waiting), int(torch.randint(0, 3, (), generator=random)))
+            new, waiting = waiting[:count], waiting[count:]
+            if new:
+                batch.add(Batch.read(model, new, models.eos)[0])
+            if batch.rows:
+                batch.step(model)
+            for row in batch.rows:
+                row.cancelled = row in cancelled and len(row.tokens) > 2
+    check_alone(models, [row for row in rows if row not in cancelled])
+    assert all(row.finish_reason or 2 < len(row.tokens) < 6 for row in cancelled)
+
+
+def test_rows_do_not_join_a_cache_of_layers_that_cannot_be_padded(models: Models, monkeypatch):
+    monkeypatch.setattr("fastalign.serve.decode._PADDED", ("DynamicSlidingWindowLayer",))
+    watched = Watched(models.base, monkeypatch)
+    engine = Engine(models)
+    jobs = [ask(engine, PROMPTS[0], SAMPLINGS[0])]
+    watched.began.wait(10)
+    jobs += [ask(engine, PROMPTS[1], SAMPLINGS[1]), ask(engine, PROMPTS[2], SAMPLINGS[2])]
+    watched.go.set()
+    rows = [row for job, heard in jobs for row in finish(job, heard)]
+    engine.stop()
+    check_alone(models, rows)
+    assert watched.passes[0] == (1, 3) and (2, 30) in watched.passes
+    first = watched.passes.index((2, 30))
+    assert first == len(rows[0].tokens) and {count for count, _ in watched.passes[:first]} == {1}  # after the answer before
 
 
 def test_text_comes_whole_and_ends_before_a_stop_string():
@@ -103,8 +163,12 @@ def test_text_comes_whole_and_ends_before_a_stop_string():
 def test_logprobs_to_show_are_those_of_the_plain_distribution(engine: Engine):
     job, heard = ask(engine, (40, 41), RowSampling(5, 0.5, 0.5, top_logprobs=3, seed=1))
     [row] = finish(job, heard)
-    with engine.models.serving() as model, torch.no_grad(), stock_attention(model):
-        logits = model(torch.tensor([[40, 41, *row.tokens]])).logits[0, 1:-1].log_softmax(-1)
+
+    def plain():
+        with engine.models.serving() as model, torch.no_grad(), stock_attention(model):
+            return model(torch.tensor([[40, 41, *row.tokens]])).logits[0, 1:-1].log_softmax(-1)
+
+    logits = engine._between_answers(plain)
     assert len(row.shown) == len(row.tokens) > 2
     for i, shown in enumerate(row.shown):
         assert shown.token == row.tokens[i] and shown.logp == pytest.approx(float(logits[i, shown.token]), abs=1e-4)
@@ -112,44 +176,75 @@ def test_logprobs_to_show_are_those_of_the_plain_distribution(engine: Engine):
         assert row.logps[i] != pytest.approx(shown.logp, abs=1e-3)  # temperature and nucleus are in the one and not in the other
 
 
-def test_requests_that_wait_are_answered_in_one_batch(engine: Engine, monkeypatch):
-    sizes, started, go = [], threading.Event(), threading.Event()
+class Watched:
+    """The forward passes of a model: (rows, tokens of each) of each pass, which waits for `go` first."""
 
-    def slow(model, rows, eos, emit):
-        sizes.append(len(rows))
-        started.set()
-        go.wait(10)
-        decode(model, rows, eos, emit)
+    def __init__(self, model, monkeypatch) -> None:
+        self.passes: list[tuple[int, int]] = []
+        self.began, self.go = threading.Event(), threading.Event()
+        forward = model.forward
 
-    monkeypatch.setattr("fastalign.serve.engine.decode", slow)
-    jobs = [ask(engine, (40, 40), RowSampling(4))]
-    started.wait(10)
-    jobs += [ask(engine, (40, i), RowSampling(4), n=1 + i % 2) for i in range(12)]
-    go.set()
-    for job, heard in jobs:
+        def watched(*args, **kwargs):
+            self.passes.append(tuple(kwargs["input_ids"].shape))
+            self.began.set()
+            assert self.go.wait(20)
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", watched)
+
+
+def test_a_request_joins_those_that_are_being_answered(engine: Engine, monkeypatch):
+    engine.models.eos = frozenset([319])
+    watched = Watched(engine.models.base, monkeypatch)
+    first = ask(engine, (40, 40), RowSampling(12))
+    watched.began.wait(10)
+    others = [ask(engine, (40, i, 41), RowSampling(4), n=1 + i % 2) for i in range(12)]
+    watched.go.set()
+    for job, heard in [first, *others]:
         finish(job, heard)
-    assert sizes == [1, 16, 2]  # 16 rows at most, and no request in two parts
+    assert watched.passes[:4] == [(1, 2), (1, 1), (15, 3), (16, 1)]  # no more than 16 rows, and no request in two parts
+    assert (3, 3) in watched.passes  # the last two as soon as there is room
+    assert len(watched.passes) < 16
 
 
-def test_a_batch_is_bounded_by_tokens_and_the_queue_by_jobs(models: Models):
+def test_answers_are_bounded_by_tokens_and_the_queue_by_jobs(models: Models, monkeypatch):
     engine = Engine(models, max_tokens=100, max_waiting=3)
+    engine.models.eos = frozenset([319])
+    watched = Watched(engine.models.base, monkeypatch)
     hold, entered = threading.Event(), threading.Event()
-    blocker = threading.Thread(target=lambda: engine._between_batches(lambda: (entered.set(), hold.wait(10))))
+    blocker = threading.Thread(target=lambda: engine._between_answers(lambda: (entered.set(), hold.wait(10))))
     blocker.start()
     entered.wait(10)
-    jobs = [ask(engine, (40,) * 20, RowSampling(25)) for _ in range(3)]
+    jobs = [ask(engine, (40,) * 20, RowSampling(25)), ask(engine, (40,) * 2, RowSampling(30)), ask(engine, (40,), RowSampling(1))]
     with pytest.raises(QueueFullError, match="3 requests wait already"):
         ask(engine, (40,), RowSampling(1))
-    assert len(engine._take()) == 2  # 2 x 45 tokens
-    for job, _ in jobs[:2]:
-        engine._jobs.appendleft(job)
     hold.set()
+    watched.go.set()
     for job, heard in jobs:
         finish(job, heard)
     blocker.join()
     engine.stop()
+    assert watched.passes[:2] == [(2, 20), (2, 1)]  # 2 x (20 + 30) tokens
+    assert watched.passes[-6:] == [(1, 1)] * 5 + [(1, 1)] and len(watched.passes) == 31
     with pytest.raises(QueueFullError, match="shutting down"):
         ask(engine, (40,), RowSampling(1))
+
+
+def test_a_change_of_version_waits_for_running_answers_and_new_ones_wait_for_it(folder: Path, engine: Engine, monkeypatch):
+    engine.models.eos = frozenset([319])
+    watched = Watched(engine.models.base, monkeypatch)
+    old = ask(engine, (40, 41), RowSampling(40, 0.0))
+    watched.began.wait(10)
+    change = threading.Thread(target=lambda: engine.swap("one", str(folder / "one"), lambda: None))
+    change.start()
+    while not engine._orders:
+        time.sleep(0.01)
+    new = ask(engine, (40, 41), RowSampling(40, 0.0))
+    watched.go.set()
+    rows = [finish(job, heard)[0] for job, heard in (old, new)]
+    change.join()
+    assert (old[0].version, new[0].version) == ("", "one") and rows[0].tokens != rows[1].tokens
+    assert {rows for rows, _ in watched.passes} == {1}  # never together
 
 
 def test_a_cancelled_request_frees_its_row_and_the_others_go_on(engine: Engine, monkeypatch):
@@ -165,7 +260,7 @@ def test_a_cancelled_request_frees_its_row_and_the_others_go_on(engine: Engine, 
     monkeypatch.setattr(engine.models.base, "forward", counted)
     engine.models.eos = frozenset([max(engine.models.eos)])
     barrier = threading.Event()
-    thread = threading.Thread(target=lambda: engine._between_batches(lambda: barrier.wait(10)))
+    thread = threading.Thread(target=lambda: engine._between_answers(lambda: barrier.wait(10)))
     thread.start()
     long, heard_long = ask(engine, (40, 41, 42, 43), sampling[0])
     other, heard = ask(engine, (50, 51), sampling[1])
@@ -180,16 +275,30 @@ def test_a_cancelled_request_frees_its_row_and_the_others_go_on(engine: Engine, 
     finish(*ask(engine, (50, 51), sampling[1]))
 
 
-def test_a_failing_batch_fails_its_requests_and_no_others(engine: Engine, monkeypatch):
-    def broken(model, rows, eos, emit):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_what_fails_fails_its_own_requests_and_no_others(engine: Engine, monkeypatch):
+    """A prompt that cannot be read fails alone; a step that cannot be made fails those that are being answered."""
+    engine.models.eos = frozenset([319])
+    watched, forward = Watched(engine.models.base, monkeypatch), engine.models.base.forward
+    broken = {(1, 5)}
 
-    with monkeypatch.context() as patch:
-        patch.setattr("fastalign.serve.engine.decode", broken)
-        job, heard = ask(engine, (40,), RowSampling(3))
-        with pytest.raises(torch.OutOfMemoryError):
-            finish(job, heard)
-    finish(*ask(engine, (40,), RowSampling(3)))
+    def failing(*args, **kwargs):
+        if tuple(kwargs["input_ids"].shape) in broken:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.models.base, "forward", failing)
+    running = ask(engine, (40,), RowSampling(12))
+    watched.began.wait(10)
+    prompt = ask(engine, (40,) * 5, RowSampling(3))
+    watched.go.set()
+    with pytest.raises(torch.OutOfMemoryError):
+        finish(*prompt)
+    assert len(finish(*running)[0].tokens) == 12 and engine.running == 0
+    broken.add((1, 1))
+    with pytest.raises(torch.OutOfMemoryError):
+        finish(*ask(engine, (40,), RowSampling(3)))
+    broken.clear()
+    assert len(finish(*ask(engine, (40,), RowSampling(3)))[0].tokens) == 3
 
 
 def test_versions_answer_as_their_models_do_and_retired_ones_leave_memory(folder: Path, engine: Engine):

@@ -12,7 +12,16 @@ from service import HELLO, Running, config_for, save_models
 
 from fastalign.errors import DataError
 from fastalign.serve.openapi import document
-from fastalign.serve.wire import ApiError, parse_chat, parse_feedback, parse_metrics, parse_rollback, parse_version, read_object
+from fastalign.serve.wire import (
+    ApiError,
+    parse_chat,
+    parse_feedback,
+    parse_metrics,
+    parse_promotion,
+    parse_rollback,
+    parse_version,
+    read_object,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -29,7 +38,7 @@ GOOD = {
 BODIES = st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), JSON, max_size=4).flatmap(
     lambda body: st.fixed_dictionaries({}, optional=GOOD).map(lambda good: {**good, **body})
 )
-PARSERS = [parse_chat, lambda body: parse_feedback(body, str), parse_version, parse_metrics, parse_rollback]
+PARSERS = [parse_chat, lambda body: parse_feedback(body, str), parse_version, parse_metrics, parse_promotion, parse_rollback]
 
 
 @settings(max_examples=400, deadline=None)
@@ -53,7 +62,17 @@ def running(tmp_path_factory):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.sampled_from(["/v1/chat/completions", "/v1/feedback", "/admin/versions", "/admin/rollback", "/admin/versions/base/metrics"]), BODIES
+    st.sampled_from(
+        [
+            "/v1/chat/completions",
+            "/v1/feedback",
+            "/admin/versions",
+            "/admin/rollback",
+            "/admin/versions/base/metrics",
+            "/admin/versions/base/promote",
+        ]
+    ),
+    BODIES,
 )
 def test_the_service_never_fails(running: Running, path: str, body: dict):
     reply = httpx.post(running.url + path, content=json.dumps(body), headers={"content-type": "application/json"}, timeout=30)

@@ -148,6 +148,44 @@ def test_versions_change_places(store: Store):
     assert store.move_version("v1", "elsewhere").folder == "elsewhere"
 
 
+def test_a_promotion_replaces_the_version_that_it_expects_or_none(store: Store):
+    for name in ("v1", "v2"):
+        store.add_version(name, name, parent="base")
+    assert store.promote("v1", expected="base").state == "live" and store.version("v1").replaced == "base"
+    store.roll_back("base", reason="worse")
+    events = store.events()
+    with pytest.raises(StoreConflictError, match="version 'base' is live by now, not 'v1'; look again"):
+        store.promote("v2", expected="v1")
+    assert store.live_version() == store.version("base") and store.version("v2").state == "candidate" and store.events() == events
+    with pytest.raises(NotFoundError):
+        store.promote("v3", expected="base")
+    assert store.promote("v2", expected="base") == store.promote("v2", expected="base")  # the second time nothing changes
+
+
+def test_of_promotions_at_once_that_expect_the_same_version_one_succeeds(store: Store, tmp_path: Path):
+    """Also from several processes, each with a connection of its own."""
+    names = [f"v{i}" for i in range(8)]
+    for name in names:
+        store.add_version(name, name)
+    barrier, outcomes = threading.Barrier(len(names)), []
+
+    def run(name: str) -> None:
+        with Store(tmp_path / "feedback.db") as mine:
+            barrier.wait(10)
+            try:
+                outcomes.append(mine.promote(name, expected="base").name)
+            except StoreConflictError:
+                outcomes.append(None)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [winner] = [name for name in outcomes if name]
+    assert len(outcomes) == len(names) and store.live_version() == store.version(winner) and store.version(winner).replaced == "base"
+
+
 def test_versions_that_cannot_be(store: Store):
     for name in [*NASTY, "-x", "x" * 65, "a b"]:
         with pytest.raises(DataError, match="a name is up to 64"):
