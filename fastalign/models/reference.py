@@ -53,7 +53,7 @@ class ReferenceOptions(Protocol):
     @property
     def reference(self) -> str: ...
     @property
-    def max_tokens(self) -> int: ...
+    def token_limit(self) -> int: ...
     @property
     def share_prompts(self) -> bool: ...
     @property
@@ -92,7 +92,7 @@ def build_reference(
             samples,
             Path(folder) / "reference",
             data.fingerprint,
-            max_tokens=config.max_tokens,
+            max_tokens=config.token_limit,
             share=config.share_prompts,
             budget=config.logits_budget,
             ld_alpha=ld_alpha,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +106,9 @@ class RunConfig:
 
     batch_size: int = 8
     """Samples per optimizer step (a preference pair is one sample)."""
-    max_tokens: int = 4096
-    """Tokens per micro-batch; bounds the memory, does not change the result."""
+    max_tokens: int | Literal["auto"] = 4096
+    """Tokens per micro-batch; bounds the memory, does not change the result. auto: as many as the device is predicted to have room for
+    when the run starts, and no more than a step has; config.yaml names the number."""
     share_prompts: bool = True
     """Compute a prompt once for all sequences of a micro-batch that begin with it, where it is long enough to save work."""
     epochs: float = 1.0
@@ -174,8 +176,11 @@ class RunConfig:
             raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
-        for option in ("batch_size", "max_tokens", "keep_checkpoints", "log_every", "max_nonfinite"):
+        for option in ("batch_size", "keep_checkpoints", "log_every", "max_nonfinite"):
             self._require(option, getattr(self, option) >= 1, "at least 1")
+        self._require("max_tokens", self.max_tokens == "auto" or self.token_limit >= 1, "at least 1, or auto")
+        if self.max_tokens == "auto" and (reason := self.unpredicted):
+            raise ConfigError(f"max_tokens auto: {reason}; set a number, such as --max_tokens {RunConfig.max_tokens}")
         for option in ("eval_every", "save_every", "seed", "profile"):
             self._require(option, getattr(self, option) >= 0, "0 or more")
         for option in ("learning_rate", "weight_decay"):
@@ -206,6 +211,20 @@ class RunConfig:
     def draw_size(self) -> int:
         """Samples of the data that are drawn together."""
         return self.batch_size
+
+    @property
+    def token_limit(self) -> int:
+        """`max_tokens` as a number; of auto, which a run replaces by one, no limit."""
+        return sys.maxsize if self.max_tokens == "auto" else self.max_tokens
+
+    @property
+    def unpredicted(self) -> str | None:
+        """Why `max_tokens` cannot be auto: what the prediction of memory does not know of such a run; None: it can."""
+        return None
+
+    def longest(self, sample: Sample) -> list[Sample]:
+        """What a step trains on of one `sample` of the data, as long as it may be."""
+        return [sample]
 
     def load_model(self, tokenizer: Any) -> Any:
         """The model to train, with packed attention and, if one is trained, its adapter."""

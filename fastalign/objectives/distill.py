@@ -71,6 +71,10 @@ class DistillConfig(RunConfig):
         self._require("temperature", 0 < self.temperature < float("inf"), "positive and finite")
         self._require("nll_weight", 0 <= self.nll_weight < 1, "in [0, 1); nll alone is `fastalign sft`")
 
+    @property
+    def unpredicted(self) -> str | None:
+        return "the teacher lies on the device, too, and its logits"
+
     def load_model(self, tokenizer: Any) -> Any:
         try:
             own = load_tokenizer(self.teacher.path, trust_remote_code=self.teacher.trust_remote_code).get_vocab()

@@ -298,7 +298,7 @@ class DPO:
             scored = sequence_logps(self.model, batch, head=self.head, budget=config.logits_budget, ld_alpha=config.ld_alpha)
             return torch.stack([scored, self._ref_logps(batch)], dim=1)
 
-        found = per_sample(samples, config.max_tokens, score, rows=[2] * len(samples), share=config.share_prompts)
+        found = per_sample(samples, config.token_limit, score, rows=[2] * len(samples), share=config.share_prompts)
         logps, ref_logps = torch.stack(found).unbind(2)
         return logps, ref_logps
 

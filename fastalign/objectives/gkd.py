@@ -173,7 +173,7 @@ class GKD(Distill):
         """Metrics of these samples, as if they were one step, without gradient or dropout."""
         denominators, totals = self.denominators(samples), dict[str, float]()
         with evaluation(self.model):
-            for _, batch in batches(samples, self.config.max_tokens, share=self.config.share_prompts):
+            for _, batch in batches(samples, self.config.token_limit, share=self.config.share_prompts):
                 for name, value in self.loss(batch.to(self.head.weight.device), denominators)[1].items():
                     totals[name] = totals.get(name, 0.0) + float(value)
         return super().metrics(totals, denominators)

@@ -62,6 +62,10 @@ class KTOConfig(RunConfig):
         if self.kl_scope == "microbatch":
             self._require("reference", self.reference != "cache", "auto, adapter, copy or stream with kl_scope=microbatch, whose rows vary")
 
+    @property
+    def unpredicted(self) -> str | None:
+        return "with kl_scope microbatch the result depends on it" if self.kl_scope == "microbatch" else super().unpredicted
+
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Samples:
         data = load_unpaired(self.data, tokenizer, vocab_size=vocab_size)
         if (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
@@ -189,7 +193,7 @@ class KTO:
             policy = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget)
             return torch.stack([policy, self.mismatched_reference.logps(batch)], dim=1)
 
-        found = per_sample(rows, self.config.max_tokens, score, rows=[1] * len(rows), share=self.config.share_prompts)
+        found = per_sample(rows, self.config.token_limit, score, rows=[1] * len(rows), share=self.config.share_prompts)
         logps, ref_logps = torch.cat(found).to(device).unbind(1)
         return mismatched_kl(logps, ref_logps, torch.tensor([row.num_targets > 0 for row in rows]).to(device))
 

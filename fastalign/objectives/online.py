@@ -19,6 +19,7 @@ from fastalign.rollout.engine import Sampling
 from fastalign.rollout.judging import JudgeConfig, JudgeReward, build_judge
 from fastalign.rollout.reward_model import RewardModel
 from fastalign.rollout.rewards import Reward, built_in, load_rewards
+from fastalign.types import Sample
 
 
 @dataclass
@@ -102,6 +103,15 @@ class OnlineConfig(AnswerConfig):
         return self.rewards or (["judge"] if self.judge.is_named else [])
 
     @property
+    def unpredicted(self) -> str | None:
+        if any(Path(name).is_dir() for name in self.rewards) or (self.judge.model and not self.judge.url):
+            return "the model that rewards lies on the device, too"
+        return super().unpredicted
+
+    def longest(self, sample: Sample) -> list[Sample]:
+        return [Sample(sample.index, sample.prompt, ((0,) * self.max_completion_length,))] * self.num_generations
+
+    @property
     def truncated_sampling(self) -> bool:
         """Whether answers are not drawn from the distribution that training computes."""
         return self.sampling(0).truncated
@@ -152,7 +162,7 @@ def reward_functions(config: OnlineConfig, *, models: bool = True) -> list[Rewar
         elif Path(name).is_dir():
             if not models:
                 continue
-            model = RewardModel(name, max_tokens=config.max_tokens)
+            model = RewardModel(name, max_tokens=config.token_limit)
             found.append(Reward(model.name, model, weight))
         else:
             found += load_rewards([name], [weight])

@@ -70,11 +70,14 @@ class OnlineDPOConfig(OnlineConfig):
             logits_budget=self.logits_budget,
         )
 
+    def longest(self, sample: Sample) -> list[Sample]:
+        return [Sample(sample.index, sample.prompt, ((0,) * self.max_completion_length,) * 2)]
+
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Prompts:
         data = super().load_data(tokenizer, vocab_size)
         longest = max((*data.samples, *data.eval_samples), key=lambda sample: len(sample.prompt))
-        pair = Sample(longest.index, longest.prompt, ((0,) * self.max_completion_length,) * 2)
-        if (needed := packed_tokens(pair, share=self.share_prompts)) > self.max_tokens:
+        (pair,) = self.longest(longest)
+        if (needed := packed_tokens(pair, share=self.share_prompts)) > self.token_limit:
             raise ConfigError(
                 f"max_tokens {self.max_tokens} is less than a pair of the longest answers ({self.max_completion_length}) to the longest "
                 f"prompt (row {longest.index}, {len(longest.prompt)} tokens); set --max_tokens {needed} or more"

@@ -82,6 +82,10 @@ class PPOConfig(OnlineConfig):
             self._require_use(option, False, "grpo and rloo, which weigh what another distribution drew")
         self._require_use("refill", False, "grpo and rloo: a critic learns from answers that were all rewarded alike, too")
 
+    @property
+    def unpredicted(self) -> str | None:
+        return "critic adapter runs the model a second time" if self.critic == "adapter" else super().unpredicted
+
     def load_model(self, tokenizer: Any) -> Any:
         factor = self.value_learning_rate / self.learning_rate if self.value_learning_rate is not None else 1.0
         return add_critic(super().load_model(tokenizer), adapter=self.critic == "adapter", rate_factor=factor)

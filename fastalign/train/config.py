@@ -88,6 +88,8 @@ def resume_config(argv: Sequence[str], config_class: type[Config], run: Path) ->
     config = parse(argv, config_class, base=saved)
     _check_named(argv, config, run)
     before, after = flat(load(saved, config_class)), flat(config)
+    if after.get("max_tokens") == "auto":  # the run has settled on a number
+        config.max_tokens = after["max_tokens"] = before["max_tokens"]  # type: ignore[attr-defined]
     for name, value in after.items():
         if name not in RESUME_MAY_CHANGE and value != before[name]:
             raise ConfigError(

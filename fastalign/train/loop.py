@@ -39,6 +39,7 @@ from fastalign.train.metrics import MetricsWriter, NoMetrics, check_loggers, mem
 from fastalign.train.optim import Optimizer, learning_rate, trainable
 from fastalign.train.profile import StepProfiler
 from fastalign.train.report import write_counts, write_report
+from fastalign.train.room import with_max_tokens
 from fastalign.train.step import Order, check_lengths, check_vocabulary, deal, over_ranks, run_step, to_floats, with_target
 from fastalign.types import Sample
 
@@ -95,11 +96,12 @@ class _Run:
         self.tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         self.data = config.load_data(self.tokenizer, head_vocab_size(config.model.path))  # before the model: mistakes show sooner
         samples = [*self.data.samples, *self.data.eval_samples]
-        check_lengths(samples, config.max_tokens, share=config.share_prompts)
+        check_lengths(samples, config.token_limit, share=config.share_prompts)
         with host.turn():
             torch.manual_seed(config.seed)
             self.model = host.load(config, self.tokenizer)
         self.device = next(self.model.parameters()).device
+        self.config = config = with_max_tokens(config, self.model, self.data, folder.path, ranks)
         self.head_weight = lm_head_weight(self.model)
         self.embedding = causal_lm(self.model).get_input_embeddings()
         check_vocabulary(samples, len(self.embedding.weight if self.head_weight is None else self.head_weight))
@@ -230,7 +232,7 @@ class _Run:
         """
         share, progress, ranks = self.config.share_prompts, self.progress, self.ranks
         while True:
-            limit = progress.max_tokens or self.config.max_tokens
+            limit = progress.max_tokens or self.config.token_limit
             bins = deal(samples, limit, ranks.size, share=share)
             own, found = bins[ranks.index], None
             idle = self.weights.idle(bins, ranks.index)
@@ -280,7 +282,7 @@ class _Run:
         if isinstance(self.objective, Online) or self.ranks.size > 1:
             return
         steps = range(self.progress.step, min(self.progress.step + 16, self.order.total_steps))
-        limit = self.progress.max_tokens or self.config.max_tokens
+        limit = self.progress.max_tokens or self.config.token_limit
         try:
             found = footprint_of_steps(self.model, self.config, map(self._samples, steps), max_tokens=limit)
         except ModelError as error:

@@ -51,6 +51,10 @@ def plan(config: RunConfig, *, scored: float = 1.0) -> Outlook:
     """
     if config.name == "distill":
         raise ConfigError("plan does not know the memory of distill, which holds a teacher as well; plan sft for the student's part")
+    if config.max_tokens == "auto":
+        raise ConfigError(
+            "max_tokens auto is what a run asks the device that it finds; give plan a number, its table says the largest for each size"
+        )
     if not 0 < scored <= 1:
         raise ConfigError(f"scored must be a share in (0, 1], got {scored}")
     device = torch.device("cpu" if config.model.device == "cpu" else "cuda")  # a device that need not be here
@@ -61,16 +65,16 @@ def plan(config: RunConfig, *, scored: float = 1.0) -> Outlook:
         rows = max(1, round(scored * tokens))
         return footprint(model if changed is None else empty_model(changed), chosen, tokens=tokens, rows=rows, device=device).peak
 
-    rows = max(1, round(scored * config.max_tokens))
-    now = footprint(model, config, tokens=config.max_tokens, rows=rows, device=device)
+    rows = max(1, round(scored * config.token_limit))
+    now = footprint(model, config, tokens=config.token_limit, rows=rows, device=device)
     lengths = _lengths(config)
-    flops = model_flops(model, config.max_tokens, lengths, rows)
+    flops = model_flops(model, config.token_limit, lengths, rows)
     if forwards_reference(config):
-        flops = Flops(*(a + b for a, b in zip(flops, model_flops(model, config.max_tokens, lengths, rows, backward=False))))
+        flops = Flops(*(a + b for a, b in zip(flops, model_flops(model, config.token_limit, lengths, rows, backward=False))))
     chosen = head_plan(model, config, rows, device)
     points = [(tokens, at(tokens)) for tokens in GRID]
     fits = [(size, largest(points, room(size))) for size in SIZES]
-    remedies = [(text, at(changed.max_tokens, changed)) for text, changed in _remedies(config)]
+    remedies = [(text, at(changed.token_limit, changed)) for text, changed in _remedies(config)]
     return Outlook(now, flops, "scores, without a vocabulary" if chosen is None else str(chosen).splitlines()[0], fits, remedies)
 
 
@@ -144,7 +148,7 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
     """Print the tables."""
     from rich.table import Table
 
-    now, tokens = outlook.now, config.max_tokens
+    now, tokens = outlook.now, config.token_limit
     table = Table(title=f"{config.name} of {config.model.path}, {tokens:,} tokens a micro-batch", title_justify="left")
     for name, side in (("memory", "left"), ("GiB", "right"), ("share", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
@@ -189,8 +193,8 @@ def _gib(size: float) -> str:
 
 def _lengths(config: RunConfig) -> list[int]:
     """Sequences as long as the data may have, that fill a micro-batch."""
-    longest = min(getattr(config.data, "max_length", None) or 1024, config.max_tokens)
-    return [longest] * (config.max_tokens // longest)
+    longest = min(getattr(config.data, "max_length", None) or 1024, config.token_limit)
+    return [longest] * (config.token_limit // longest)
 
 
 def _remedies(config: Any) -> list[tuple[str, RunConfig]]:
@@ -220,7 +224,7 @@ def _remedies(config: Any) -> list[tuple[str, RunConfig]]:
         found.append(("--reference cache", changed(lambda c: setattr(c, "reference", "cache"))))
     if config.model.dtype != "bfloat16":
         found.append(("--model.dtype bfloat16", changed(lambda c: setattr(c.model, "dtype", "bfloat16"))))
-    found.append((f"--max_tokens {config.max_tokens // 2}", changed(lambda c: setattr(c, "max_tokens", c.max_tokens // 2))))
+    found.append((f"--max_tokens {config.token_limit // 2}", changed(lambda c: setattr(c, "max_tokens", c.token_limit // 2))))
     if config.logits_budget is None or config.logits_budget > 32 << 20:
         found.append((f"--logits_budget {32 << 20}", changed(lambda c: setattr(c, "logits_budget", 32 << 20))))
     return found

@@ -27,7 +27,7 @@ LORA = LoraConfig(r=4, dropout=0.5, targets=["all-linear", "lm_head"])
 @dataclass
 class Options:
     reference: str = "auto"
-    max_tokens: int = 64
+    token_limit: int = 64
     share_prompts: bool = True
     logits_budget: int | None = None
 
@@ -132,7 +132,7 @@ def test_modes_that_cannot_be() -> None:
 def test_the_cache_is_reused_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build_reference(policy(), Options("cache"), Data(), tmp_path)
     monkeypatch.setattr(reference, "_compute", lambda *args: pytest.fail("computed again"))
-    again = build_reference(policy(), Options("cache", max_tokens=32), Data(), tmp_path)
+    again = build_reference(policy(), Options("cache", token_limit=32), Data(), tmp_path)
     for batch in batches():
         assert torch.equal(first.logps(batch), again.logps(batch))
     files = sorted(file.suffix for file in (tmp_path / "reference").iterdir())
