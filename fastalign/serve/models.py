@@ -18,6 +18,7 @@ from fastalign.errors import ModelError
 from fastalign.models.adapters import check_adapter_folder
 from fastalign.models.config import ModelConfig
 from fastalign.models.load import prepare, read_model
+from fastalign.models.shared import SharedWeights
 from fastalign.models.trunk import evaluation, stock_attention, text_config
 
 
@@ -38,7 +39,8 @@ class Models:
             raise ModelError(f"{options.path} is an adapter; serve its base model, and add the adapter as a version")
         self.options = options
         self.tokenizer = load_tokenizer(options.path, trust_remote_code=options.trust_remote_code)
-        self.base = self._read(options.path)
+        self.weights = SharedWeights(options)
+        self.base = self.weights.model().eval()
         self.window = context_window(options.path) or getattr(text_config(self.base), "max_position_embeddings", None)
         ends = self.base.generation_config.eos_token_id if self.base.generation_config else None
         several = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -75,7 +77,9 @@ class Models:
         """Make a version ready: `model` is what `read` returned. What answers now stays. Raises ModelError."""
         adapter = None
         if model is None and (Path(folder) / "adapter_config.json").is_file():
-            adapter = self._load_adapter(folder)
+            device = next(self.base.parameters()).device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # PEFT draws weights before it reads them
+                adapter = self._load_adapter(folder)
         installed = Installed(version, adapter, model)
         try:
             self._probe(installed, folder)

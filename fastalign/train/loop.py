@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -36,6 +34,7 @@ from fastalign.train.checkpoint import Found, Identity, Progress
 from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
 from fastalign.train.folder import TEMPORARY, RunFolder, claim, publish, writing
 from fastalign.train.footprint import footprint_of_steps
+from fastalign.train.host import Host, stop_requests
 from fastalign.train.metrics import MetricsWriter, NoMetrics, check_loggers, memory, rss_bytes
 from fastalign.train.optim import Optimizer, learning_rate, trainable
 from fastalign.train.profile import StepProfiler
@@ -49,6 +48,7 @@ logger = logging.getLogger("fastalign")
 TOLD_FROM = 1 << 30  # bytes: of less memory the log does not speak
 
 Callback = Callable[[int, dict[str, float]], None]
+ALONE = Host()
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,18 @@ class TrainResult:
     interrupted: str | None = None  # name of the signal that ended the run early; then there is no final/
 
 
-def train(config: RunConfig, *, callbacks: Sequence[Callback] = ()) -> TrainResult:
+def train(config: RunConfig, *, callbacks: Sequence[Callback] = (), on: Host = ALONE) -> TrainResult:
     """Run `config` from its first step, or from its newest checkpoint, to its last, and write `config.output`.
 
     A SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint; the second one ends it at once.
-    `callbacks` are called with the step and its metrics. Raises a FastalignError for anything that can be mended; until the first
-    batch has passed the self-check nothing is written.
+    `callbacks` are called with the step and its metrics. `on` is where the run trains: a process of its own, unless it is a
+    `SharedHost`, on whose model in memory it trains an adapter. Raises a FastalignError for anything that can be mended; until the
+    first batch has passed the self-check nothing is written.
     """
     config.validate()
     with joined(config.model.device) as ranks, _claimed(config, ranks) as folder:
         with ranks.together():
-            run = _Run(config, folder, callbacks, ranks)
+            run = _Run(on.admit(config, ranks), folder, callbacks, ranks, on)
         return run.run()
 
 
@@ -89,15 +90,16 @@ def _claimed(config: RunConfig, ranks: Ranks) -> Iterator[RunFolder]:
 
 
 class _Run:
-    def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback], ranks: Ranks) -> None:
-        self.config, self.folder, self.callbacks, self.ranks = config, folder, callbacks, ranks
+    def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback], ranks: Ranks, host: Host) -> None:
+        self.config, self.folder, self.callbacks, self.ranks, self.host = config, folder, callbacks, ranks, host
         check_loggers(config.loggers)
         self.tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         self.data = config.load_data(self.tokenizer, head_vocab_size(config.model.path))  # before the model: mistakes show sooner
         samples = [*self.data.samples, *self.data.eval_samples]
         check_lengths(samples, config.token_limit, share=config.share_prompts)
-        torch.manual_seed(config.seed)
-        self.model = config.load_model(self.tokenizer)
+        with host.turn():
+            torch.manual_seed(config.seed)
+            self.model = host.load(config, self.tokenizer)
         self.device = next(self.model.parameters()).device
         self.config = config = with_max_tokens(config, self.model, self.data, folder.path, ranks)
         self.head_weight = lm_head_weight(self.model)
@@ -113,7 +115,8 @@ class _Run:
         _check_alike(self.identity, ranks)
         self.rss_before = rss_bytes()  # what is there without training
         trainable(self.model)  # mistakes show before anything is written
-        config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
+        with host.turn():
+            config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
         self.progress = Progress()
         self.saved_step = -1
         self.metrics: dict[str, float] = {}
@@ -137,9 +140,9 @@ class _Run:
             run_name=folder.path.name,
             config=flat(config),
         )
-        with logs, _stop_requests() as stop:
+        with logs, stop_requests() as stop:
             while self.progress.step < total and not (stopped := self._stopped(stop)):
-                with self.profiler.step() if self.profiler else nullcontext():
+                with self.host.turn(), self.profiler.step() if self.profiler else nullcontext():
                     self._step()
                 step = self.progress.step
                 if step % config.log_every == 0 or step == total:
@@ -149,7 +152,8 @@ class _Run:
                 logs.log_completions(step, self.answers)
                 self._check_numerics()
                 if self.data.eval_samples and (step == total or (config.eval_every and step % config.eval_every == 0)):
-                    self._evaluate()
+                    with self.host.turn():
+                        self._evaluate()
                     logs.log(step, self.eval_metrics, kind="eval")
                 for callback in self.callbacks:
                     callback(step, self.metrics)
@@ -165,8 +169,8 @@ class _Run:
         return TrainResult(folder.path, total, self.metrics, self.eval_metrics)
 
     def _stopped(self, requests: Sequence[str]) -> str | None:
-        """The signal that asks some rank to stop."""
-        return next(filter(None, self.ranks.gather(requests[0] if requests else None)), None)
+        """The signal that asks some rank to stop, or why the host does."""
+        return next(filter(None, self.ranks.gather(requests[0] if requests else self.host.stopping)), None)
 
     def _step(self) -> None:
         """One optimizer step, and its metrics."""
@@ -235,7 +239,7 @@ class _Run:
             before = checkpoint.rng_state()
             options: dict[str, Any] = {
                 "device": self.device, "backward": backward, "share": share, "idle": idle, "whole": self.weights.whole,
-                "before_last": before_last,
+                "before_last": before_last, "pause": self.host.pause,
             }  # fmt: skip
             try:
                 found = run_step(self.objective, own, samples=samples if ranks.size > 1 else None, **options)
@@ -354,7 +358,8 @@ class _Run:
         if ranks.index:
             torch.manual_seed(config.seed + (ranks.index << 32))  # dropout differs; all else has been drawn, alike on all ranks
         if found:
-            self._restore(found)
+            with self.host.turn():
+                self._restore(found)
 
     def _restore(self, found: Found) -> None:
         for path, fault in found.damaged.items():
@@ -376,6 +381,11 @@ class _Run:
 
     def _save(self, logs: MetricsWriter) -> None:
         logs.sync()  # a checkpoint counts on the rows before it
+        with self.host.turn():
+            self._checkpoint()
+        self.saved_step = self.progress.step
+
+    def _checkpoint(self) -> None:
         checkpoint.save(
             self.folder.checkpoints,
             self.progress,
@@ -386,7 +396,6 @@ class _Run:
             keep=self.config.keep_checkpoints,
             ranks=self.ranks,
         )
-        self.saved_step = self.progress.step
 
     def _finish(self) -> None:
         """Export the weights, and write the report and the model card."""
@@ -416,24 +425,3 @@ def _check_alike(identity: Identity, ranks: Ranks) -> None:
                     f"rank {index} has read another {what} than rank 0 (fingerprint {getattr(other, what)}, there "
                     f"{getattr(first, what)}); give all hosts the same files"
                 )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that names the first SIGINT or SIGTERM to arrive; the second one acts as it would have without us."""
-    requests: list[str] = []
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
-        yield requests
-        return
-
-    def request(number: int, _: Any) -> None:
-        requests.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-        logger.warning("%s: stopping after this step; send it again to stop at once", requests[0])
-
-    before = {int(number): signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
