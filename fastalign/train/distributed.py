@@ -244,6 +244,9 @@ def _divide_layers(model: nn.Module, mesh: Any, config: RunConfig) -> list[Any]:
             if policy.param_dtype is not None:
                 p.working_dtype = policy.param_dtype  # type: ignore[attr-defined]
     fully_shard(trunk, mesh=mesh, reshard_after_forward=False, ignored_params=outside)
+    for before, layer in zip([layers[0], *layers], layers):
+        # FSDP2 by itself fetches what ran before a layer, which may be a rollout, and some processes have none: they would wait for ever.
+        layer.set_modules_to_backward_prefetch([before])  # the first one names itself, which is there
     for module in (*layers, trunk):
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # denominators are the step's: gradients add up

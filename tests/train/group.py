@@ -116,6 +116,7 @@ CASES: dict[str, Make] = {
         GRPOConfig,
         _online(f, beta=0.1, steps_per_generation=2, entropy_coef=0.01, top_entropy_quantile=0.5, temperature=0.8, refill=1),
     ),
+    "grpo, fewer prompts than ranks": lambda f: (GRPOConfig, _online(f, beta=0.1, batch_size=1, steps_per_generation=1)),
     "rloo": lambda f: (RLOOConfig, _online(f, beta=0.1, lora=LORA, top_k=20)),
     "reinforce_pp": lambda f: (ReinforcePPConfig, _online(f, beta=0.1)),
     "ppo": lambda f: (PPOConfig, _online(f, beta=0.1)),
