@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.data.config import DataConfig
 from fastalign.errors import ConfigError
@@ -76,6 +76,15 @@ class Online(Protocol):
         """Metrics of what the model says to held-out prompts."""
 
 
+@runtime_checkable
+class Copying(Protocol):
+    """An objective that may hold further models with a head over the same vocabulary."""
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        """Those on the device."""
+
+
 class Dataset(Protocol):
     """Tokenized samples; `fingerprint` changes with anything that changes them."""
 
@@ -89,6 +98,7 @@ class RunConfig:
     """Options that every algorithm has. A step's result does not depend on `max_tokens`, `share_prompts`, `logits_budget` and `metrics`."""
 
     name: ClassVar[str] = ""
+    divides_head: ClassVar[bool] = True  # whether its head is only asked for log-probs, which several processes can make together
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -257,6 +267,11 @@ class RunConfig:
     def check_ranks(self, processes: int) -> None:
         """Raise ConfigError for options that do not go with this number of processes."""
         self.parallel.check(processes)
+        if self.parallel.head == "vocab":
+            if not self.divides_head:
+                raise ConfigError(f"parallel.head vocab: {self.name} needs more of a head than log-probs; set --parallel.head whole")
+            if getattr(self, "reference", None) == "stream":
+                raise ConfigError("parallel.head vocab: a reference that is streamed keeps its head whole; set --reference copy")
         alone = {"optimizer": "adamw", "update_in_backward": False, "stochastic_rounding": False}
         for option, value in alone.items() if processes > 1 else ():
             if getattr(self, option) != value:

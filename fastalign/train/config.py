@@ -28,7 +28,7 @@ Config = TypeVar("Config")
 # A resumed run may change these and nothing else: none of them touches the model, the data or their order.
 RESUME_MAY_CHANGE = frozenset(
     {"output", "resume", "overwrite", "loggers", "log_every", "eval_every", "save_every", "keep_checkpoints", "profile", "model.device"}
-    | {"parallel.shard", "parallel.replicas"}
+    | {"parallel.shard", "parallel.replicas", "parallel.head"}
     | {f"vllm.{name}" for name in ("url", "model", "adapter_folder", "api_key_env", "timeout", "retries", "workers")}
     | {f"vllm_local.{name}" for name in ("gpu_memory_utilization", "sleep", "enforce_eager", "folder")}
 )
