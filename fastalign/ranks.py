@@ -28,6 +28,9 @@ class ParallelConfig:
     shard: Literal["full", "optimizer"] = "full"
     """What the processes divide among themselves. full: the weights, gradients and optimizer state of the layers, each layer gathered
     when it runs (FSDP2); optimizer: the optimizer's state alone, for the least traffic where weights and gradients fit on every device."""
+    head: Literal["whole", "vocab"] = "whole"
+    """Whether every process holds the whole language-model head, or (vocab) its share of the rows, their gradient and their optimizer
+    state, and scores the tokens of all processes with them."""
     replicas: int = 1
     """Into so many groups the processes are divided, each of which holds everything once: with as many as there are nodes, layers
     are gathered inside a node (hybrid sharding)."""
@@ -36,6 +39,8 @@ class ParallelConfig:
         """Raise ConfigError for an option that is out of range."""
         if self.shard not in ("full", "optimizer"):
             raise ConfigError(f"parallel.shard must be full or optimizer, got {self.shard!r}")
+        if self.head not in ("whole", "vocab"):
+            raise ConfigError(f"parallel.head must be whole or vocab, got {self.head!r}")
         if self.replicas < 1:
             raise ConfigError(f"parallel.replicas must be at least 1, got {self.replicas}")
 
@@ -48,6 +53,8 @@ class ParallelConfig:
             )
         if processes % self.replicas:
             raise ConfigError(f"parallel.replicas {self.replicas} does not divide the {processes} processes; set a divisor of {processes}")
+        if self.head == "vocab" and self.replicas == processes:
+            raise ConfigError("parallel.head vocab divides the head inside a group, and each is one process; set fewer --parallel.replicas")
 
 
 class Ranks:
@@ -92,6 +99,11 @@ class Ranks:
         """A block that all ranks leave alike: where one raises, the others raise a RankError that says what it raised."""
         yield
 
+    @contextmanager
+    def serving(self, others: Callable[[], None]) -> Iterator[None]:
+        """A block in which a rank, before it waits for all, does `others`: what those that are not there yet may need of it."""
+        yield
+
     def died(self, error: BaseException) -> None:
         """Leave word of why this rank goes, for those that wait for it."""
 
@@ -107,6 +119,7 @@ class _Several(Ranks):
         self.index, self.size = dist.get_rank(), dist.get_world_size()
         self.hosts = dist.new_group(backend="gloo")  # objects and flags travel between hosts, no device waits for them
         self.store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        self.meanwhile: Callable[[], None] = _nothing
 
     @property
     def name(self) -> str:
@@ -114,6 +127,7 @@ class _Several(Ranks):
 
     def gather(self, value: Value) -> list[Value]:
         found: list[Any] = [None] * self.size
+        self.meanwhile()
         dist.all_gather_object(found, value, group=self.hosts)
         return found
 
@@ -133,6 +147,15 @@ class _Several(Ranks):
         for index, text in enumerate(said):
             if text is not None:
                 raise RankError(f"rank {index} of {self.size} stopped: {text}")
+
+    @contextmanager
+    def serving(self, others: Callable[[], None]) -> Iterator[None]:
+        before, self.meanwhile = self.meanwhile, others
+        try:
+            yield
+            others()
+        finally:
+            self.meanwhile = before
 
     def died(self, error: BaseException) -> None:
         if isinstance(error, RankError) or _is_of_transport(error):
@@ -194,6 +217,10 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
             dist.destroy_process_group()
     finally:
         _current = before
+
+
+def _nothing() -> None:
+    pass
 
 
 def _text(error: BaseException) -> str:

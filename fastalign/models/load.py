@@ -70,7 +70,7 @@ def resolve_adapter(options: ModelConfig, lora: LoraConfig | None) -> tuple[Mode
         return options, lora
     if lora is not None and lora.enabled:
         raise ModelError(f"{options.path} is an adapter; give its base model as model.path and the adapter as lora.adapter")
-    return replace(options, path=_base_of(options.path)), LoraConfig(adapter=options.path)
+    return replace(options, path=_base_of(options.path)), LoraConfig(adapter=options.path, reference=lora.reference if lora else "start")
 
 
 def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task: str = "CAUSAL_LM") -> Any:

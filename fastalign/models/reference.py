@@ -179,6 +179,11 @@ class CopyReference:
             own.mul_(1 - alpha).add_(whole.to(own.device, own.dtype), alpha=alpha)
 
 
+def copied(reference: object) -> list[nn.Module]:
+    """The second model that `reference` has on the device, if it has one."""
+    return [reference.model] if isinstance(reference, CopyReference) else []
+
+
 class StreamReference(CopyReference):
     """A frozen second model in host memory that runs on `device` (None: that of the model), where two of its layers are at a time.
 

@@ -56,6 +56,8 @@ class AnswerConfig(RunConfig):
                 raise ConfigError("engine vllm_server is given whole weights; with several processes set --parallel.shard optimizer")
             return FirstRank(VLLMServerEngine(model, self.vllm, output=self.output))
         if self.engine == "vllm":
+            if current().size > 1 and self.parallel.head == "vocab":
+                raise ConfigError("engine vllm is given whole weights; set --parallel.head whole, or --engine transformers")
             room = min(self.token_limit, context_window(self.model.path) or self.token_limit)
             return VLLMEngine(model, self.vllm_local, output=self.output, max_tokens=room)
         return TransformersEngine(model, max_tokens=self.generation_tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.data.config import DataConfig
 from fastalign.errors import ConfigError
@@ -76,6 +76,15 @@ class Online(Protocol):
         """Metrics of what the model says to held-out prompts."""
 
 
+@runtime_checkable
+class Copying(Protocol):
+    """An objective that may hold further models with a head over the same vocabulary."""
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        """Those on the device."""
+
+
 class Dataset(Protocol):
     """Tokenized samples; `fingerprint` changes with anything that changes them."""
 
@@ -89,6 +98,7 @@ class RunConfig:
     """Options that every algorithm has. A step's result does not depend on `max_tokens`, `share_prompts`, `logits_budget` and `metrics`."""
 
     name: ClassVar[str] = ""
+    divides_head: ClassVar[bool] = True  # whether its head is only asked for log-probs, which several processes can make together
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -171,9 +181,13 @@ class RunConfig:
         self.model.validate()
         self.data.validate()
         self.parallel.validate()
-        adapter = self.lora.enabled or (Path(self.model.path) / "adapter_config.json").is_file()
+        adapter = self.lora.enabled or _is_adapter(self.model.path)
         if self.model.quantization and not adapter:
             raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")
+        if self.lora.reference not in ("start", "base"):
+            raise ConfigError(f"lora.reference must be one of start, base, got {self.lora.reference!r}")
+        if self.lora.reference == "base" and (self.lora.adapter is None) and not _is_adapter(self.model.path):
+            raise ConfigError("lora.reference counts only where an existing adapter is trained further; leave it at start")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
         for option in ("batch_size", "keep_checkpoints", "log_every", "max_nonfinite"):
@@ -253,6 +267,11 @@ class RunConfig:
     def check_ranks(self, processes: int) -> None:
         """Raise ConfigError for options that do not go with this number of processes."""
         self.parallel.check(processes)
+        if self.parallel.head == "vocab":
+            if not self.divides_head:
+                raise ConfigError(f"parallel.head vocab: {self.name} needs more of a head than log-probs; set --parallel.head whole")
+            if getattr(self, "reference", None) == "stream":
+                raise ConfigError("parallel.head vocab: a reference that is streamed keeps its head whole; set --reference copy")
         alone = {"optimizer": "adamw", "update_in_backward": False, "stochastic_rounding": False}
         for option, value in alone.items() if processes > 1 else ():
             if getattr(self, option) != value:
@@ -272,3 +291,7 @@ class RunConfig:
 
     def _require_choice(self, option: str, choices: Sequence[str]) -> None:
         self._require(option, getattr(self, option) in choices, f"one of {', '.join(choices)}")
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()

@@ -46,6 +46,7 @@ class DistillConfig(RunConfig):
     """Distillation: a model learns the whole distribution of every scored token from a frozen teacher of the same vocabulary."""
 
     name: ClassVar[str] = "distill"
+    divides_head: ClassVar[bool] = False
 
     data: SupervisedDataConfig = field(default_factory=SupervisedDataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

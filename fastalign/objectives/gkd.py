@@ -33,6 +33,7 @@ class GKDConfig(AnswerConfig, DistillConfig):
     """On-policy distillation (GKD): a model learns a frozen teacher's distributions, in part or always on answers of its own."""
 
     name: ClassVar[str] = "gkd"
+    divides_head: ClassVar[bool] = False
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
     """From the teacher q: forward_kl KL(q || p) covers all that it does, reverse_kl KL(p || q) keeps to what it does most, jsd is

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.data.config import UnpairedDataConfig
 from fastalign.data.samples import Samples
 from fastalign.data.unpaired import load_unpaired
 from fastalign.losses.unpaired import apo_zero_unpaired, kto, mismatched_kl
 from fastalign.models.heads import head_spec
-from fastalign.models.reference import CachedReference, Reference, build_reference, sequence_logps
+from fastalign.models.reference import CachedReference, Reference, build_reference, copied, sequence_logps
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.objectives.pairs import METRIC_OUTPUTS, Sums, add_aux_loss, add_sums
@@ -121,6 +121,10 @@ class KTO:
     def prepare(self, samples: Sequence[Sample]) -> None:
         """The step's KL."""
         self.kl = self._estimate([self.mismatched[sample.index] for sample in samples])
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return copied(self.reference)
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
         counts = {"samples": float(len(samples)), "desirable": 0.0, "undesirable": 0.0, "chosen_tokens": 0.0, "rejected_tokens": 0.0}

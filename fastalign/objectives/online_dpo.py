@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.data.config import DataConfig
 from fastalign.data.prompts import Prompts
 from fastalign.errors import ConfigError
+from fastalign.models.reference import copied
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.dpo import DPO, DPOConfig, loss_function
 from fastalign.objectives.online import OnlineConfig
@@ -145,6 +146,10 @@ class OnlineDPO(Buffered):
             first = self.groups.start * config.num_generations
             return [_pair(answers[first], answers[first + 1], self.rollouts, weight=0.0)]
         return [_pair(answers[c], answers[r], self.rollouts) for c, r in pairs]
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return copied(self.dpo.reference)
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
         return self.dpo.denominators(samples)

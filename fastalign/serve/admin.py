@@ -26,10 +26,10 @@ class Admin:
         self.config, self.store, self.engine = config, store, engine
 
     async def versions(self, request: Request, caller: Caller) -> Response:
-        """All versions, with how many answers each gave."""
+        """All versions, with how many answers each gave, and the database that holds them."""
         versions, counts = await asyncio.to_thread(lambda: (self.store.versions(), self.store.answer_counts()))
         rows = [{**asdict(version), "answers": counts.get(version.name, 0)} for version in versions]
-        return json_response({"object": "list", "data": rows})
+        return json_response({"object": "list", "data": rows, "database": str(Path(self.config.data).resolve())})
 
     async def feedback(self, request: Request, caller: Caller) -> Response:
         """Feedback that counts, per day, version and kind."""

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastalign.errors import ConfigError, DependencyError, ModelError
 from fastalign.models.config import ModelConfig
 from fastalign.serve.config import ServeConfig
+from fastalign.serve.records import BASE
 from fastalign.serve.store import Store
 
 if TYPE_CHECKING:
     from fastalign.serve.engine import Engine
 
 log = logging.getLogger("fastalign")
-
-BASE = "base"  # the version that is the base model itself
 
 
 def serve(config: ServeConfig) -> None:

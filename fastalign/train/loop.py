@@ -351,7 +351,7 @@ class _Run:
                 write_counts(folder.path, self.data)
         with ranks.together(), writing(folder.path):
             self.objective = config.objective(self.model, self.data, folder.path)
-        self.weights = distributed.of(self.model, config, ranks, self.device)
+        self.weights = distributed.of(self.model, self.objective, config, ranks, self.device)
         self.optimizer = Optimizer(
             self.model, config, head_weight=self.head_weight, embedding=self.embedding, division=self.weights.division
         )

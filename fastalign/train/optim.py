@@ -53,8 +53,8 @@ class Division:
 
     is_whole = True
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The part of `tensor`, of the shape of a weight, that this process updates."""
+    def rows(self, tensor: Tensor, of: Tensor | None = None) -> Tensor:
+        """The part of `tensor`, of the shape of a weight (that of the weight `of`, as it is here), that this process updates."""
         return tensor
 
     def parameter(self, weight: nn.Parameter) -> nn.Parameter:
@@ -127,7 +127,7 @@ class Optimizer:
         kept = {name for name, p in self.named.items() if any(p is weight for weight in in_place)}
         wide = {name for name, p in self.named.items() if config.master_weights and p.dtype != torch.float32}
         self.masters = {
-            name: _copy(division.rows(p.detach()), torch.float32 if name in wide else p.dtype, host=self.on_host)
+            name: _copy(division.rows(p.detach(), p), torch.float32 if name in wide else p.dtype, host=self.on_host)
             for name, p in self.named.items()
             if self.on_host or name in wide
         }
@@ -144,7 +144,7 @@ class Optimizer:
             if name in kept or not self.in_backward:
                 weight = self.named[name]
                 weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
-                self.holders[name].grad = division.rows(weight.main_grad)  # type: ignore[attr-defined]
+                self.holders[name].grad = division.rows(weight.main_grad, weight)  # type: ignore[attr-defined]
         for name, p in self.named.items():
             if name in wide or self.in_backward:
                 p.register_post_accumulate_grad_hook(partial(_accumulated, weakref.ref(self), name))
@@ -302,7 +302,7 @@ class Optimizer:
         if copied:
             with torch.no_grad():
                 torch._foreach_copy_(
-                    [self.division.rows(self.named[n]) for n in copied], [self.masters[n] for n in copied], non_blocking=True
+                    [self.division.rows(self.named[n], self.named[n]) for n in copied], [self.masters[n] for n in copied], non_blocking=True
                 )
         if self.on_host:
             for name in names:

@@ -117,6 +117,22 @@ def test_an_adapter_trained_further_is_compared_with_where_it_started(head_in_fu
     torch.testing.assert_close(sequence_logps(again, batches()[0]), moved[0], rtol=1e-5, atol=1e-4)
 
 
+def test_an_adapter_trained_further_may_be_compared_with_the_base_model(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    first = load_model(base, lora=LoraConfig(r=4))
+    train(first)
+    save_final(first, None, tmp_path / "adapter")
+    wanted = [sequence_logps(load_model(base), batch) for batch in batches()]
+    for model in (
+        load_model(base, lora=LoraConfig(adapter=str(tmp_path / "adapter"), reference="base")),
+        load_model(tmp_path / "adapter", lora=LoraConfig(reference="base")),
+    ):
+        ref = AdapterReference(model)
+        for batch, want in zip(batches(), wanted):
+            assert torch.equal(ref.logps(batch), want)
+            assert (sequence_logps(model, batch) - want).abs().max() > 0.1
+
+
 def test_auto(tmp_path: Path) -> None:
     assert isinstance(build_reference(policy(lora=True), Options(), Data(), tmp_path), AdapterReference)
     assert isinstance(build_reference(policy(), Options(), Data(), tmp_path), CachedReference)

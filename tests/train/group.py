@@ -24,7 +24,7 @@ import fastalign.train.loop
 from fastalign import train
 from fastalign.data.config import DataConfig, PromptDataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
 from fastalign.models.config import LoraConfig, ModelConfig
-from fastalign.objectives.base import RunConfig
+from fastalign.objectives.base import Copying, RunConfig
 from fastalign.objectives.cpo import CPOConfig, SimPOConfig
 from fastalign.objectives.distill import DistillConfig, TeacherConfig
 from fastalign.objectives.dpo import DPOConfig
@@ -43,6 +43,7 @@ from fastalign.train.distributed import Divided
 
 Make = Callable[[Path], tuple[type[RunConfig], dict[str, Any]]]
 LORA = LoraConfig(r=4, targets=["all-linear", "lm_head"])
+VOCABULARY = 325
 REWARDS = """
 def likes_o(completions, **columns):
     return [text.count("o") / max(1, len(text)) for text in completions]
@@ -54,9 +55,9 @@ def inputs(folder: Path) -> None:
     from tiny import save_tiny, write_every_format
 
     save_tiny(folder / "model", "qwen3", tie_word_embeddings=True)
-    save_tiny(folder / "untied", "llama", vocab_size=325)  # rows that two and four ranks cannot have equally many of
-    save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48, vocab_size=325)
-    save_tiny(folder / "half", "llama", dtype=torch.bfloat16)
+    save_tiny(folder / "untied", "llama", vocab_size=VOCABULARY)  # rows that two and four ranks cannot have equally many of
+    save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48, vocab_size=VOCABULARY)
+    save_tiny(folder / "half", "llama", vocab_size=VOCABULARY, dtype=torch.bfloat16)
     write_every_format(folder)
     (folder / "rewards.py").write_text(REWARDS)
 
@@ -116,6 +117,7 @@ CASES: dict[str, Make] = {
         GRPOConfig,
         _online(f, beta=0.1, steps_per_generation=2, entropy_coef=0.01, top_entropy_quantile=0.5, temperature=0.8, refill=1),
     ),
+    "grpo, fewer prompts than ranks": lambda f: (GRPOConfig, _online(f, batch_size=1, seed=1)),
     "rloo": lambda f: (RLOOConfig, _online(f, beta=0.1, lora=LORA, top_k=20)),
     "reinforce_pp": lambda f: (ReinforcePPConfig, _online(f, beta=0.1)),
     "ppo": lambda f: (PPOConfig, _online(f, beta=0.1)),
@@ -135,14 +137,20 @@ CASES: dict[str, Make] = {
 
 
 def config(folder: Path, case: str, output: Path, **options: Any) -> RunConfig:
-    """The run of a case; `case` may end with how it is divided, as in "dpo / optimizer" or "dpo / full 2"."""
+    """The run of a case; `case` may end with how it is divided, as in "dpo / optimizer", "dpo / full 2" or "dpo / vocab".
+
+    With "vocab" the model is one whose head is not its embedding, for one process, too.
+    """
     name, _, division = case.partition(" / ")
     make, own = CASES[name](folder)
     shared = {"batch_size": 7, "max_tokens": 128, "learning_rate": 1e-3, "max_steps": 2, "model": ModelConfig(path=str(folder / "model"))}
     made = make(output=str(output), **(shared | own | options))
-    shard, _, replicas = division.partition(" ")
+    words = division.split()
+    replicas, head = next((int(word) for word in words if word.isdigit()), 1), "vocab" if "vocab" in words else "whole"
+    if head == "vocab" and made.model.path == str(folder / "model"):
+        made.model.path = str(folder / "untied")
     if division and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        made.parallel = ParallelConfig(shard=shard, replicas=int(replicas or 1))  # type: ignore[arg-type]
+        made.parallel = ParallelConfig("optimizer" if "optimizer" in words else "full", head, replicas)  # type: ignore[arg-type]
     return made
 
 
@@ -210,9 +218,22 @@ def keep_what_was_loaded() -> None:
             found = {name: run.weights.division.kept(p) for name, p in run.optimizer.named.items()} | run.optimizer.state()
             found = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
             save_file(found, run.folder.path / f"loaded-{current_index()}.safetensors")
+            if run.config.parallel.head == "vocab":
+                check_head_is_divided(run)
         step(run)
 
     fastalign.train.loop._Run._step = first  # type: ignore[method-assign]
+
+
+def check_head_is_divided(run: Any) -> None:
+    """No weight, gradient or statistic of more rows than this process's share of the head, in the model or in a copy of it."""
+    share = -(-VOCABULARY // (run.ranks.size // run.config.parallel.replicas))
+    assert len(run.head_weight) <= share
+    tensors = [run.head_weight, run.head_weight.grad, getattr(run.head_weight, "main_grad", None)]
+    tensors += [value for name, value in run.optimizer.state().items() if name.startswith("lm_head.weight/")]
+    copies = run.objective.copies if isinstance(run.objective, Copying) else []
+    tensors += [copy.get_output_embeddings().weight for copy in copies]
+    assert all(len(tensor) <= share for tensor in tensors if tensor is not None and tensor.ndim)
 
 
 def idle_more() -> None:

@@ -36,12 +36,14 @@ function curve(versions) {
   svg.append(draw("polyline", { class: "line", points: points.map((one, i) => `${x(i)},${y(one.metrics.win_rate)}`).join(" ") }));
   const every = Math.ceil(points.length / Math.max(1, Math.floor((box.right - box.left) / 90)));
   points.forEach((one, i) => {
+    const { win_rate_low: low, win_rate_high: high } = one.metrics;
+    if (typeof low === "number" && typeof high === "number") svg.append(draw("line", { x1: x(i), x2: x(i), y1: y(low), y2: y(high), class: "bar" }));
     const dot = draw("circle", { cx: x(i), cy: y(one.metrics.win_rate), r: 5, class: one.state === "live" ? "dot live" : "dot" });
     dot.append(draw("title", {}, `${one.name}: ${percent(one.metrics.win_rate)} (${one.state})`));
     svg.append(dot);
     if (i % every === 0) svg.append(tag(x(i), box.bottom + 20, short(one.name, 12)));
   });
-  return make("div", {}, svg, make("p", { className: "note", textContent: "Share of comparisons won against the version it came from; above the dashed line it is better." }));
+  return make("div", {}, svg, make("p", { className: "note", textContent: "Share of comparisons won against the version it came from; above the dashed line it is better. Bars: 95 % intervals." }));
 }
 
 function days(counts) {
@@ -102,6 +104,7 @@ function row(version) {
     make("td", {}, make("span", { className: `state ${version.state}`, textContent: version.state.replace("_", " ") })),
     make("td", { className: "number roomy", textContent: version.answers.toLocaleString("en") }),
     make("td", { className: "number", textContent: percent(version.metrics.win_rate) }),
+    make("td", { className: "number roomy", textContent: typeof version.metrics.kl === "number" ? version.metrics.kl.toFixed(3) : "–" }),
     make("td", { className: "roomy", textContent: version.parent ?? "–" }),
     make("td", { className: "roomy", textContent: moment(version.created) }),
     make("td", {}, promote));
