@@ -20,6 +20,7 @@ from fastalign.models.config import ModelConfig
 from fastalign.models.load import prepare, read_model
 from fastalign.models.shared import SharedWeights
 from fastalign.models.trunk import evaluation, stock_attention, text_config
+from fastalign.serve.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Models:
         ends = self.base.generation_config.eos_token_id if self.base.generation_config else None
         several = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.eos = frozenset([self.tokenizer.eos_token_id, *several])
+        self.turns = Turns()
         self.current = Installed("")
         self._peft: Any = None  # a PeftModel around the base model while there is an adapter
         self._count = 0

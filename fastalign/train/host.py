@@ -22,6 +22,7 @@ logger = logging.getLogger("fastalign")
 class Host:
     """A process that does nothing but train."""
 
+    memory_budget: float | None = None  # bytes that the run may take beside the weights, by its prediction; None: all there are
     stopping: str | None = None  # why the run should end after the step in progress, with a checkpoint
 
     def admit(self, config: RunConfig, ranks: Ranks) -> RunConfig:

@@ -101,7 +101,7 @@ class _Run:
             torch.manual_seed(config.seed)
             self.model = host.load(config, self.tokenizer)
         self.device = next(self.model.parameters()).device
-        self.config = config = with_max_tokens(config, self.model, self.data, folder.path, ranks)
+        self.config = config = with_max_tokens(config, self.model, self.data, folder.path, ranks, budget=host.memory_budget)
         self.head_weight = lm_head_weight(self.model)
         self.embedding = causal_lm(self.model).get_input_embeddings()
         check_vocabulary(samples, len(self.embedding.weight if self.head_weight is None else self.head_weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -29,33 +30,51 @@ FIRST = 2048  # tokens that are predicted first
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def with_max_tokens(config: Config, model: Any, data: Dataset, folder: Path, ranks: Ranks) -> Config:
+def with_max_tokens(config: Config, model: Any, data: Dataset, folder: Path, ranks: Ranks, *, budget: float | None = None) -> Config:
     """`config` with a number where `max_tokens` is auto: that of the run which it resumes in `folder`, or what fits now.
 
     It is the largest number, a multiple of 64, with which the prediction stays within a share of the free memory (nine tenths of a CUDA
     device's, half of a host's), at most the tokens of the longest step, and no less than the longest sample. Several processes take
-    the smallest of theirs. Raises ConfigError for a model whose memory cannot be predicted.
+    the smallest of theirs. With a `budget` of bytes beside the weights a number is kept only where it fits, too. Raises ConfigError for
+    a model whose memory cannot be predicted, and where the longest sample does not fit the budget.
     """
-    if config.max_tokens != "auto":
+    if config.max_tokens != "auto" and budget is None:
         return config
+    if budget is not None and (reason := config.unpredicted):
+        raise ConfigError(f"memory_budget bounds max_tokens: {reason}; leave memory_budget out")
     saved = folder / "config.yaml"
     if config.resume and saved.is_file():
         return replace(config, max_tokens=int(read_mapping(saved)["max_tokens"]))
     device = next(model.parameters()).device
     low, high = step_tokens(config, data, ranks.size)
-    room = SHARE.get(device.type, 0.5) * free_bytes(device)
+    high, room = min(high, config.token_limit), budget or math.inf
+    if config.max_tokens == "auto":
+        room = min(room, SHARE.get(device.type, 0.5) * free_bytes(device))
     samples = _most_scored(config, data.samples)
     found: dict[int, int] = {}
 
     def needed(tokens: int) -> int:
         predicted = _footprint(config, model, samples, tokens, ranks)
-        found[tokens] = predicted.growth if device.type == "cuda" else predicted.peak  # a host reads weights when they are used
+        there = device.type == "cuda" or budget is not None
+        found[tokens] = predicted.growth if there else predicted.peak  # a host reads weights when they are used
         return found[tokens]
 
     try:
         tokens = largest_fit(needed, low, high, room)
     except ModelError as error:
+        if budget is not None:
+            raise ConfigError(f"memory_budget: {error}; leave it out") from error
         raise ConfigError(f"max_tokens auto: {error}; set a number, such as --max_tokens {RunConfig.max_tokens}") from error
+    if budget is not None and found[tokens] > budget:
+        raise ConfigError(
+            f"memory_budget: the longest sample, {low} tokens, is predicted to need {found[tokens] / 2**30:.3g} GiB, and training may take "
+            f"{budget / 2**30:.3g}; give it more, or set --model.gradient_checkpointing true or a smaller --data.max_length"
+        )
+    if config.max_tokens != "auto":
+        if tokens == high:
+            return config
+        logger.info("memory_budget: micro-batches of %d tokens in place of %d, which gives the same result", tokens, config.max_tokens)
+        return replace(config, max_tokens=tokens)
     if found[tokens] > room:
         logger.warning(
             "max_tokens auto: the longest sample, %d tokens, is predicted to need %.2f GiB, and %.2f are free; trying it. "

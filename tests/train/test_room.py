@@ -62,6 +62,20 @@ def test_it_is_the_largest_that_is_predicted_to_fit(share: bool, monkeypatch: py
     assert replace(config, max_tokens=77) == room.with_max_tokens(replace(config, max_tokens=77), model, data, tmp_path, Ranks())
 
 
+def test_a_budget_beside_the_weights_bounds_a_number_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = load_model(tiny_model("qwen3", hidden_size=64), lora=LoraConfig(r=2))
+    config, data = DPOConfig(max_tokens=4096, batch_size=400, logits_budget=1 << 20), Data(pairs(500))
+    growth = lambda tokens: room._footprint(config, model, room._most_scored(config, data.samples), tokens, Ranks()).growth  # noqa: E731
+    budget = growth(2000)
+    for asked, expected in ((4096, None), ("auto", None), (1500, 1500)):
+        found = room.with_max_tokens(replace(config, max_tokens=asked), model, data, tmp_path, Ranks(), budget=budget).token_limit
+        assert found == expected or (expected is None and 1900 <= found <= 2000 and growth(found) <= budget)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 2 * growth(1000))
+    assert room.with_max_tokens(replace(config, max_tokens="auto"), model, data, tmp_path, Ranks(), budget=budget).token_limit <= 1000
+    with pytest.raises(ConfigError, match="memory_budget bounds max_tokens: with kl_scope microbatch the result depends on it"):
+        room.with_max_tokens(KTOConfig(kl_scope="microbatch"), model, data, tmp_path, Ranks(), budget=budget)
+
+
 def test_a_step_and_its_longest_sample() -> None:
     data = Data(pairs(9))
     for share in (True, False):

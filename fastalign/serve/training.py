@@ -1,0 +1,50 @@
+"""Training beside the service in one process: on the base model that answers, in turns with the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastalign.errors import ConfigError
+from fastalign.serve.models import Models
+from fastalign.train.host import SharedHost
+
+
+class SharedModel(SharedHost):
+    """What `train(config, on=...)` needs to train an adapter on the base model of `models`, in a thread beside the engine's.
+
+    The service's turns go first (`Models.turns`), and what it answers is nothing else than without a training; the adapter is that of
+    a run that has the device for itself, bit for bit. It becomes a version from its folder, `output`/final, as any other.
+
+    memory_budget    GiB that training may take beside the weights: micro-batches are as small as its prediction says they must be.
+                     None: all that is free; where a device has too little after all, micro-batches become smaller. Raises ConfigError
+                     for 0 and less
+    """
+
+    def __init__(self, models: Models, *, memory_budget: float | None = None) -> None:
+        super().__init__(models.weights)
+        if memory_budget is not None and not memory_budget > 0:
+            raise ConfigError(f"memory_budget must be a positive number of GiB, or null, got {memory_budget}")
+        self.turns = models.turns
+        self.memory_budget = None if memory_budget is None else memory_budget * 2**30
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self.turns.training():
+            yield
+            self._settle()
+
+    def pause(self) -> None:
+        self._settle()
+        self.turns.pause()
+
+    def stop(self, reason: str) -> None:
+        """End the run in progress after its step, with a checkpoint to continue from; called by any thread."""
+        self.stopping = reason
+
+    def _settle(self) -> None:
+        """A device works off what is queued for it, and a turn ends when it has: requests then wait for one micro-batch, not for several."""
+        if self.weights.device == "cuda":
+            torch.cuda.synchronize()
