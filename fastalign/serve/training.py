@@ -45,6 +45,6 @@ class SharedModel(SharedHost):
         self.stopping = reason
 
     def _settle(self) -> None:
-        """A device works off what is queued for it, and a turn ends when it has: requests then wait for one micro-batch, not for several."""
+        """A device works off what is queued for it, and a turn ends when it has: requests wait for one micro-batch, not for several."""
         if self.weights.device == "cuda":
             torch.cuda.synchronize()
