@@ -163,8 +163,8 @@ class Loop:
             current.write("collected", told)
         collected = Collected(**told)
         log.info("%s: %s", current.name, _told(collected))
-        if not collected.rows:
-            self._end(current, False, ["no rows are left to learn from: " + _counts(collected)], {})
+        if reason := _unteachable(collected):
+            self._end(current, False, [f"{reason}: {_counts(collected)}"], {})
             return
         parent = self.store.version(begun.parent)
         try:
@@ -226,6 +226,15 @@ class Loop:
         current.close(promoted=promoted, reasons=reasons, figures=figures)
         log.info("%s: %s (%s)", current.name, f"{current.name} answers now" if promoted else f"{current.begun.parent} goes on", told)
         write_page(self.rounds, self.rounds.folder / "report.html")
+
+
+def _unteachable(found: Collected) -> str | None:
+    """Why nothing can be learned from the data of a round. What is in it is older feedback for the next one."""
+    if not found.rows:
+        return "no rows are left to learn from"
+    if found.objective == "kto" and not (found.counts["rows/good"] and found.counts["rows/bad"]):
+        return "all answers were judged alike, and KTO learns from the difference"
+    return None
 
 
 def _told(found: Collected) -> str:

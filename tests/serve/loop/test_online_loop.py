@@ -23,6 +23,7 @@ from fastalign.errors import ConfigError, NumericsError, OutputError
 from fastalign.models.config import ModelConfig
 from fastalign.serve.loop import loop as module
 from fastalign.serve.loop import rounds as rounds_module
+from fastalign.serve.loop.collect import CollectConfig
 from fastalign.serve.loop.config import OnlineConfig
 from fastalign.serve.loop.loop import Loop, OwnModels, online
 from fastalign.serve.loop.switch import Database
@@ -73,11 +74,11 @@ def talk_in(models: Path, folder: Path, *, users: int = 4) -> Talk:
     return talk
 
 
-def vote(talk: Talk, first: int, *, users: int = 4, version: str = "base") -> None:
+def vote(talk: Talk, first: int, *, users: int = 4, version: str = "base", judge: Any = lambda i: i % 3 > 0) -> None:
     rng = random.Random(first)
     numbers = range(first, first + 24)
     talk.answers(*((f"a{i}", sentence(rng, 5), sentence(rng, 4)) for i in numbers), version=version)
-    talk.said(*((f"u{i % users}", "thumb", f"a{i}", i % 3 > 0) for i in numbers))
+    talk.said(*((f"u{i % users}", "thumb", f"a{i}", judge(i)) for i in numbers))
 
 
 def options(talk: Talk, **changes: Any) -> OnlineConfig:
@@ -232,9 +233,20 @@ def test_feedback_that_teaches_nothing_ends_its_round(talk: Talk, figures: dict,
     online(options(talk))
     vote(talk, 100, version="one")
     talk.said(*((f"v{i % 4}", "thumb", f"a{i}", i % 3 == 0) for i in range(124)[100:]))  # each is contradicted
-    online(options(talk, collect=module.OnlineConfig("x").collect.__class__(replay=0.0)))
+    online(options(talk, collect=CollectConfig(replay=0.0)))
     assert "no rows are left" in talk.store.events()[-1].detail["reasons"]
     assert not (tmp_path / "online/round-0002/run").exists()
+
+
+def test_praise_alone_teaches_nothing_and_is_kept_for_later(talk: Talk, figures: dict, tmp_path: Path):
+    config = options(talk, collect=CollectConfig(replay=0.0))
+    online(config)
+    for first, judge in ((100, lambda i: True), (200, lambda i: i % 3 > 0)):
+        vote(talk, first, judge=judge)
+        online(config)
+    closed = [event.detail for event in talk.store.events() if event.kind == "round"]
+    assert "judged alike" in closed[1]["reasons"] and not (tmp_path / "online/round-0002/run").exists()
+    assert closed[2]["promoted"] is True
 
 
 def test_a_preview_changes_nothing(talk: Talk, tmp_path: Path, caplog):
