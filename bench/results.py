@@ -10,7 +10,7 @@ from bench.costs_page import Cost
 from bench.head_rows import Row
 from bench.ladder_page import Rung
 from bench.plot import draw_head, draw_ladder, draw_training, embedded
-from bench.serve_page import Latency
+from bench.serve_page import Served
 from bench.training_rows import Measurement
 from bench.training_sides import TASKS
 
@@ -55,9 +55,9 @@ def pages(folder: Path) -> dict[Path, str]:
         found[file.with_suffix(".md")] = costs_page.page(costs)
         lines += _section(file, costs_page.TITLE, [*table.facts(costs), "", *costs_page.section(costs)])
     if (file := folder / "serve_cpu.csv").exists():
-        latencies = table.read(file, Latency)
-        found[file.with_suffix(".md")] = serve_page.page(latencies)
-        lines += _section(file, serve_page.TITLE, [*table.facts(latencies), "", *serve_page.section(latencies)])
+        served = table.read(file, Served)
+        found[file.with_suffix(".md")] = serve_page.page(served)
+        lines += _section(file, serve_page.TITLE, [*table.facts(served), "", *serve_page.section(served)])
     for file in sorted(folder.glob("head_*.csv")):
         rows = table.read(file, Row)
         found[file.with_suffix(".md")] = head_page.page(rows)

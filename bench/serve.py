@@ -3,63 +3,85 @@
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from bench import serve_page, table
 from bench.machine import command, describe
-from bench.serve_page import BARE, SERVICE, Latency
+from bench.serve_client import Connection, Judge, Reply, post
+from bench.serve_page import Served
 from bench.training import ROOT
 from bench.workload import QUICK, Shape, write_model
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
-WORDS, TOKENS = 24, 48  # of a prompt and, at most, of an answer
+SHAPE = Shape(vocab_size=8192)
+WORDS, TOKENS, ROWS = 24, 48, 16  # of a prompt and, at most, of an answer; answers that are made together
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench serve", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a toy model and few requests: checks the benchmark, measures nothing")
-    parser.add_argument("--repeats", type=int, default=60, help="rounds of requests for each number of clients")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--seconds", type=float, default=35, help="for each number of clients, both sides together")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 200])
+    parser.add_argument("--feedback", type=float, default=20, help="judgements a second that are written meanwhile")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder of the two files")
     options = parser.parse_args(argv)
-    shape = QUICK if options.quick else Shape()
-    repeats = 3 if options.quick else options.repeats
+    shape = QUICK if options.quick else SHAPE
     about = describe(["torch", "transformers", "starlette", "uvicorn"]) | {"command": command("serve", argv)}
-    workload = f"{shape.model_text}; {WORDS} words, answers of {TOKENS} tokens at most; {repeats} rounds after 2 to warm up"
-    rows: list[Latency] = []
+    rate, seconds = options.feedback, 0 if options.quick else options.seconds
+    workload = f"{shape.model_text}; {WORDS} words, answers of {TOKENS} tokens at most; {rate:g} judgements a second beside them"
     with tempfile.TemporaryDirectory() as folder:
         model = write_chat_model(Path(folder) / "model", shape)
-        bare = Bare(model)
         with service(model, Path(folder) / "feedback.db") as url:
-            for clients in options.clients:
-                prompts = [" ".join(f"w{2 + (7 * i + 31 * j) % 997}" for j in range(WORDS)) for i in range(clients)]
-                _check(bare, url, prompts)
-                for repeat in range(-2, repeats):
-                    together = [threading.Barrier(clients)] * clients
-                    with ThreadPoolExecutor(clients) as pool:  # a fresh one: a pool that has been idle may start fewer threads than clients
-                        times = {SERVICE: [took for _, took in pool.map(ask, [url] * clients, prompts, together)]}
-                    times[BARE] = [bare.answer(prompts)[1]] * clients
-                    for side, found in times.items():
-                        rows += [Latency(clients, side, repeat, took * 1000, workload, **about) for took in found if repeat >= 0]
-                print(f"{clients} clients are done", flush=True)
+            rows = asyncio.run(measure(Bare(model), url, options.clients, rate, seconds))
+    for row in rows:
+        for name, value in {"workload": workload, **about}.items():
+            setattr(row, name, value)
     file = options.output / "serve_cpu.csv"
     table.write(file, rows)
     text = serve_page.page(rows)
     file.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     return 0
+
+
+async def measure(bare: Bare, url: str, counts: list[int], rate: float, seconds: float) -> list[Served]:
+    """Both sides in turn, `seconds` for each number of clients, after a round to warm up and three rounds at least."""
+    rows: list[Served] = []
+    judging = await Connection.to(url)
+    for clients in counts:
+        prompts = [" ".join(f"w{2 + (7 * i + 31 * j) % 997}" for j in range(WORDS)) for i in range(clients)]
+        requests = [ask(prompt) for prompt in prompts]
+        connections = [await Connection.to(url) for _ in prompts]
+        answer = await _check(bare, connections[0], prompts[:ROWS], requests[:ROWS])
+        repeat, ends = -1, time.perf_counter() + seconds
+        while repeat < 3 or time.perf_counter() < ends:
+            async with Judge(judging, answer, rate) as judge:
+                replies = await asyncio.gather(*(one.send(request) for one, request in zip(connections, requests)))
+            alone = sorted(bare.seconds(prompts))
+            if repeat >= 0:
+                rows += [_served(clients, repeat, *pair) for pair in zip(sorted(replies, key=lambda reply: reply.seconds), alone)]
+                rows += [Served(clients, "feedback", repeat, took * 1000) for took in judge.seconds]
+            repeat += 1
+        for one in connections:
+            one.close()
+        print(f"{clients} clients are done: {repeat} rounds", flush=True)
+    judging.close()
+    return rows
+
+
+def _served(clients: int, repeat: int, reply: Reply, alone: float) -> Served:
+    timing = reply.timing
+    return Served(clients, "answer", repeat, reply.seconds * 1000, alone * 1000, timing["queue"], timing["generate"], timing["store"])
 
 
 def write_chat_model(folder: Path, shape: Shape) -> Path:
@@ -82,22 +104,32 @@ class Bare:
 
         self.model, self.tokenizer = load_model(folder), load_tokenizer(folder)
 
-    def answer(self, prompts: list[str]) -> tuple[list[str], float]:
-        """The answers, and the seconds that all of them together took."""
+    def answers(self, prompts: list[str]) -> list[str]:
+        """Of prompts in one batch."""
         from fastalign.rollout.generate import generate
 
         ids = self.tokenizer([f"{prompt} " for prompt in prompts], add_special_tokens=False).input_ids
-        began = time.perf_counter()
         made = generate(self.model, ids, max_new_tokens=TOKENS, eos_token_id=self.tokenizer.eos_token_id, temperature=0)
-        took = time.perf_counter() - began
-        return [str(self.tokenizer.decode(one.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)) for one in made], took
+        return [str(self.tokenizer.decode(one.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)) for one in made]
+
+    def seconds(self, prompts: list[str]) -> list[float]:
+        """When each answer is there, with as many in a batch as the service has, a batch after the other."""
+        began, found = time.perf_counter(), []
+        for first in range(0, len(prompts), ROWS):
+            batch = prompts[first : first + ROWS]
+            self.answers(batch)
+            found += [time.perf_counter() - began] * len(batch)
+        return found
 
 
 @contextmanager
 def service(model: Path, data: Path) -> Iterator[str]:
     """`fastalign serve` in a process of its own, and where it answers."""
     options = ["--model", str(model), "--data", str(data), "--open", "--port", "0", "--rate", "1000000", "--concurrent", "1000"]
-    process = subprocess.Popen([sys.executable, "-m", "fastalign", "serve", *options], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    options += ["--max_rows", str(ROWS)]
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    serve = [sys.executable, "-m", "fastalign", "serve", *options]
+    process = subprocess.Popen(serve, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     try:
         assert process.stderr is not None
         for line in process.stderr:
@@ -112,21 +144,16 @@ def service(model: Path, data: Path) -> Iterator[str]:
         process.wait()
 
 
-def ask(url: str, prompt: str, together: threading.Barrier | None = None) -> tuple[str, float]:
-    """The answer of the service and the seconds it took, from the moment at which all clients are ready."""
-    asked = {"model": "model", "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": TOKENS}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(asked).encode(), {"content-type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    if together is not None:
-        together.wait()
-    began = time.perf_counter()
-    with opener.open(request, timeout=600) as reply:
-        content: dict[str, Any] = json.load(reply)
-    return content["choices"][0]["message"]["content"], time.perf_counter() - began
+def ask(prompt: str) -> bytes:
+    """The request for one answer."""
+    messages = [{"role": "user", "content": prompt}]
+    return post("/v1/chat/completions", {"model": "model", "messages": messages, "temperature": 0, "max_tokens": TOKENS})
 
 
-def _check(bare: Bare, url: str, prompts: list[str]) -> None:
-    expected, _ = bare.answer(prompts)
-    given = [ask(url, prompt)[0] for prompt in prompts]
+async def _check(bare: Bare, connection: Connection, prompts: list[str], requests: list[bytes]) -> str:
+    """Both sides give the same texts; the id of an answer."""
+    expected, replies = bare.answers(prompts), [await connection.send(request) for request in requests]
+    given = [reply.content["choices"][0]["message"]["content"] for reply in replies]
     if expected != given:
         raise RuntimeError(f"the service and generation alone answer differently, so nothing is timed: {expected[:1]} and {given[:1]}")
+    return str(replies[0].content["id"])

@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
@@ -28,6 +29,8 @@ from fastalign.serve.wire import ApiError, ChatRequest, parse_chat
 
 log = logging.getLogger("fastalign.serve")
 
+SHORT = 4000  # characters of a conversation whose tokens are found sooner than another thread would begin
+
 
 class Chat:
     """The operation over a store and an engine. Raises TemplateError where the tokenizer has no chat template."""
@@ -38,6 +41,7 @@ class Chat:
         if not self.tokenizer.chat_template:
             raise TemplateError(f"{config.model}: its tokenizer has no chat template, which turns a conversation into a prompt; add one")
         self.traits = TemplateTraits.of(self.tokenizer)
+        self.post: _Post | None = None
 
     async def complete(self, request: Request, caller: Caller) -> Response:
         """Answer one request. Raises ApiError and what the queue and the store raise."""
@@ -45,11 +49,12 @@ class Chat:
         if chat.model != self.config.model_name:
             told = f"there is no model {chat.model!r:.80}; this service has {self.config.model_name!r}"
             raise ApiError(404, told, param="model", code="model_not_found")
-        prompt = await asyncio.to_thread(self.render, chat.messages)
+        short = sum(len(message["content"]) for message in chat.messages) <= SHORT
+        prompt = self.render(chat.messages) if short else await asyncio.to_thread(self.render, chat.messages)
         sampling = chat.sampling(self._room(len(prompt), chat.max_new_tokens))
         if self.config.log_prompts:
             log.info("conversation: %s", json.dumps(chat.messages, ensure_ascii=False))
-        mailbox = _Mailbox(whole=not chat.stream)
+        mailbox = _Mailbox(self._post(), whole=not chat.stream)
         reply = _Reply(self, chat, Job(self.engine.rows(prompt, chat.n, sampling), mailbox.deliver), caller)
         self.engine.submit(reply.job)
         if chat.stream:
@@ -63,6 +68,12 @@ class Chat:
         except Exception as error:  # a template is a program, and may refuse by any exception
             raise ApiError(400, f"the model's chat template refuses this conversation: {error}", param="messages") from error
         return self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
+
+    def _post(self) -> _Post:
+        loop = asyncio.get_running_loop()
+        if self.post is None or self.post.loop is not loop:
+            self.post = _Post(loop)
+        return self.post
 
     def _room(self, prompt: int, wanted: int | None) -> int:
         """How many tokens an answer may have. Raises ApiError 400 where prompt and answer do not fit into the window."""
@@ -90,19 +101,40 @@ class _EventStream(StreamingResponse):
             await content.aclose()
 
 
+class _Post:
+    """From the engine's thread to the event loop: what one step has for many requests goes in one delivery, as waking the loop is dear."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._sent: deque[tuple[asyncio.Queue[Events], Events]] = deque()
+        self._called = False
+
+    def send(self, queue: asyncio.Queue[Events], events: Events) -> None:
+        self._sent.append((queue, events))
+        if not self._called:
+            self._called = True
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # before the rest, so that what is sent from now on is delivered, too
+        while self._sent:
+            queue, events = self._sent.popleft()
+            queue.put_nowait(events)
+
+
 class _Mailbox:
     """What the engine's thread says, heard on the event loop; of a `whole` answer only the ends of its rows."""
 
-    def __init__(self, *, whole: bool) -> None:
-        self.whole, self.loop = whole, asyncio.get_running_loop()
+    def __init__(self, post: _Post, *, whole: bool) -> None:
+        self.post, self.whole = post, whole
         self.queue: asyncio.Queue[Events] = asyncio.Queue()
 
     def deliver(self, events: Events) -> None:
         if self.whole and not isinstance(events, Exception):
             events = [piece for piece in events if piece.finished]
         if events:
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-                self.loop.call_soon_threadsafe(self.queue.put_nowait, events)
+            self.post.send(self.queue, events)
 
     async def pieces(self) -> list[Piece]:
         events = await self.queue.get()
@@ -131,7 +163,9 @@ class _Reply:
         finally:
             gone.cancel()
             self.job.cancel()
+        began = time.perf_counter()
         await self._store(self.job.rows)
+        stored = time.perf_counter() - began
         choices = [
             {
                 "index": row.index,
@@ -142,7 +176,10 @@ class _Reply:
             }
             for row in self.job.rows
         ]
-        return json_response({**self._head("chat.completion"), "choices": choices, "usage": self._usage()})
+        took = {"queue": self.job.began - self.job.submitted, "generate": self.job.ended - self.job.began, "store": stored}
+        timing = ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in took.items())
+        body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
+        return json_response(body, headers={"server-timing": timing})
 
     async def stream(self, mailbox: _Mailbox, request: Request) -> AsyncIterator[str]:
         """Server-sent events, a chunk per step and answer; an error after the first one becomes an event, too."""

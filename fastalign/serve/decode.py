@@ -92,6 +92,7 @@ class Batch:
         self.eos = eos
         self.rows: list[Row] = []
         self._cache: Any = None
+        self._options: dict[str, Any] = {"use_cache": True}
         self._mask = torch.empty(0, 0, dtype=torch.int64)  # (B, slots), 0 for padding
 
     @classmethod
@@ -102,6 +103,8 @@ class Batch:
         """
         batch, pad, longest = cls(eos), min(eos), max(len(row.prompt) for row in rows)
         batch.rows = list(rows)
+        if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters:
+            batch._options["logits_to_keep"] = 1
         device = next(causal_lm(model).parameters()).device
         ids = torch.tensor([[pad] * (longest - len(row.prompt)) + list(row.prompt) for row in rows], device=device)
         batch._mask = torch.tensor([[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
@@ -123,7 +126,7 @@ class Batch:
         if not other.rows:
             return
         if not self.rows:
-            self.rows, self._cache, self._mask = other.rows, other._cache, other._mask
+            self.rows, self._cache, self._mask, self._options = other.rows, other._cache, other._mask, other._options
             return
         more = other.slots - self.slots
         self._pad(max(more, 0))
@@ -141,10 +144,7 @@ class Batch:
         return self._advance(model, ids, positions)
 
     def _advance(self, model: Any, ids: Tensor, positions: Tensor) -> list[Drawn]:
-        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters else {}
-        out = model(
-            input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **options
-        )
+        out = model(input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, **self._options)
         self._cache = out.past_key_values
         chosen = _draw(out.logits[:, -1], self.rows)
         pieces = [(row, row.add(token, logp, self.eos)) for row, (token, logp) in zip(self.rows, chosen)]

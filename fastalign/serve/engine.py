@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -48,6 +49,7 @@ class Job:
     def __init__(self, rows: Sequence[Row], listener: Callable[[Events], None]) -> None:
         self.rows, self.listener = list(rows), listener
         self.version = ""  # set before the first piece
+        self.submitted = self.began = self.ended = 0.0  # time.perf_counter(): taken, first step begun, last row complete
 
     def cancel(self) -> None:
         """Nobody waits any longer: its rows are freed at the next step, and its listener is not called after that."""
@@ -103,6 +105,7 @@ class Engine:
                 raise QueueFullError("the service is shutting down; try again when it is back")
             if len(self._jobs) >= self.max_waiting:
                 raise QueueFullError(f"{len(self._jobs)} requests wait already; try again later")
+            job.submitted = time.perf_counter()
             self._jobs.append(job)
             self._changed.notify()
 
@@ -213,7 +216,7 @@ class Engine:
         if not rows:
             return
         for job in jobs:
-            job.version = self.models.current.version
+            job.version, job.began = self.models.current.version, time.perf_counter()
             self._owners |= {id(row): job for row in job.rows}
         try:
             fresh, drawn = Batch.read(model, rows, self.models.eos)
@@ -237,6 +240,7 @@ class Engine:
             heard.setdefault(id(job), (job, []))[1].append(Piece(row, text, len(row.tokens), row.finish_reason is not None))
         for job, parts in heard.values():
             if not job.cancelled:
+                job.ended = time.perf_counter()
                 job.listener(parts)
 
     def _fail(self, jobs: Iterable[Job], error: Exception) -> None:

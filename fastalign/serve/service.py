@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastalign")
 
+SWITCH = 0.0005  # seconds that the event loop waits for the thread that computes; Python's 0.005, for each of a reply's turns, add up
+
 
 def serve(config: ServeConfig) -> None:
     """Answer until SIGTERM or SIGINT; answers that are being given then are finished.
@@ -29,6 +32,7 @@ def serve(config: ServeConfig) -> None:
     Raises ConfigError, ModelError, StoreError and DependencyError before anything is answered.
     """
     config.validate()
+    sys.setswitchinterval(SWITCH)
     try:
         import starlette  # noqa: F401
         import uvicorn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from service import HELLO, Running, config_for, save_models
 
 from fastalign.rollout.generate import generate
+from fastalign.serve.chat import _Post
 from fastalign.serve.guard import Guard
 from fastalign.serve.records import Feedback
 from fastalign.serve.wire import ApiError, read_object
@@ -105,6 +107,51 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI, running: Runnin
         assert running.store.answer(parts[0].answer_id).text == choice.message.content
     plain = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=3)
     assert plain.choices[0].answer_id == plain.id and plain.choices[0].logprobs is None
+
+
+def test_a_reply_says_what_its_time_went_into(http: httpx.Client, running: Running):
+    hold, held = threading.Event(), threading.Event()
+    order = threading.Thread(target=lambda: running.engine._between_answers(lambda: (held.set(), hold.wait(20))))
+    order.start()
+    held.wait(20)
+
+    def release() -> None:
+        while not running.engine.waiting:
+            time.sleep(0.005)
+        time.sleep(0.15)
+        hold.set()
+
+    threading.Thread(target=release).start()
+    began = time.perf_counter()
+    reply = ask(http, n=2)
+    took = (time.perf_counter() - began) * 1000
+    order.join()
+    parts = {name: float(value) for name, value in re.findall(r"(\w+);dur=([\d.]+)", reply.headers["server-timing"])}
+    assert list(parts) == ["queue", "generate", "store"] and all(parts.values()) and sum(parts.values()) < took
+    assert 100 < parts["queue"] < took
+
+
+def test_what_the_engine_says_arrives_in_order_and_whole(monkeypatch):
+    """Also what is sent while the loop is busy, or just as it delivers: several threads send, and none of it stays behind."""
+
+    async def run() -> int:
+        loop, calls = asyncio.get_running_loop(), []
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: (calls.append(1), call(*args)))
+        post, queues = _Post(loop), [asyncio.Queue() for _ in range(4)]
+        for i in range(50):
+            post.send(queues[0], [i])
+        assert len(calls) == 1  # the loop has not run since
+        threads = [threading.Thread(target=lambda q=q: [post.send(q, [i]) for i in range(50, 2000)]) for q in queues]
+        for thread in threads:
+            thread.start()
+        heard = [[(await asyncio.wait_for(q.get(), 20))[0] for _ in range(2000 - (q is not queues[0]) * 50)] for q in queues]
+        for thread in threads:
+            thread.join()
+        assert heard == [list(range(2000)), *[list(range(50, 2000))] * 3] and all(q.empty() for q in queues)
+        return len(calls)
+
+    assert asyncio.run(run()) < 7850
 
 
 def test_an_answer_ends_before_a_stop_text_and_at_the_limit(client: openai.OpenAI):
