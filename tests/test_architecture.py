@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ("errors", "types"),
-    ("ranks",),
+    ("ranks", "pausing"),
     ("segments", "packing"),
     ("head", "losses", "advantages", "attention"),
     ("models", "data"),

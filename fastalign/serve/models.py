@@ -35,15 +35,15 @@ class Installed:
 class Models:
     """The base model in `options.path`, and what is installed beside it. Raises ModelError and TemplateError where it cannot be loaded.
 
-    `weights` are those of the base model where they are in memory already; what is installed here is in no other model on them.
+    `weights` are those of that model where they are in memory already: then nothing is loaded.
     """
 
-    def __init__(self, options: ModelConfig, weights: SharedWeights | None = None) -> None:
+    def __init__(self, options: ModelConfig, *, weights: SharedWeights | None = None) -> None:
         if (Path(options.path) / "adapter_config.json").is_file():
             raise ModelError(f"{options.path} is an adapter; serve its base model, and add the adapter as a version")
         self.options = options
         self.tokenizer = load_tokenizer(options.path, trust_remote_code=options.trust_remote_code)
-        self.weights = weights or SharedWeights(options)
+        self.weights = SharedWeights(options) if weights is None else weights
         self.base = self.weights.model().eval()
         self.window = context_window(options.path) or getattr(text_config(self.base), "max_position_embeddings", None)
         ends = self.base.generation_config.eos_token_id if self.base.generation_config else None

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from fastalign.errors import ConfigError
-from fastalign.serve.models import Models
+from fastalign.objectives.base import RunConfig
+from fastalign.pausing import pausing
+from fastalign.serve.models import Installed, Models
 from fastalign.train.host import SharedHost
+from fastalign.train.loop import train
+
+
+class Interrupted(Exception):
+    """Somebody wants the work to end; it goes on from what is on the disk."""
 
 
 class SharedModel(SharedHost):
-    """What `train(config, on=...)` needs to train an adapter on the base model of `models`, in a thread beside the engine's.
+    """What `train(config, on=...)` needs to train an adapter on the base model of `models`, in a thread beside the engine's. A `Workshop`.
 
     The service's turns go first (`Models.turns`), and what it answers is nothing else than without a training; the adapter is that of
     a run that has the device for itself, bit for bit. It becomes a version from its folder, `output`/final, as any other.
@@ -27,8 +35,17 @@ class SharedModel(SharedHost):
         super().__init__(models.weights)
         if memory_budget is not None and not memory_budget > 0:
             raise ConfigError(f"memory_budget must be a positive number of GiB, or null, got {memory_budget}")
-        self.turns = models.turns
+        self._models, self.turns = models, models.turns
         self.memory_budget = None if memory_budget is None else memory_budget * 2**30
+
+    def train(self, config: RunConfig) -> str | None:
+        """Carry out or continue a run; the reason why it ended early."""
+        return train(config, on=self).interrupted
+
+    @contextmanager
+    def models(self) -> Iterator[Models]:
+        """The base model once more, for measurements with adapters on it: the same weights, in modules that the service does not use."""
+        yield _Measured(self, self._models)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -48,3 +65,21 @@ class SharedModel(SharedHost):
         """A device works off what is queued for it, and a turn ends when it has: requests wait for one micro-batch, not for several."""
         if self.weights.device == "cuda":
             torch.cuda.synchronize()
+
+
+class _Measured(Models):
+    """Models that compute in the turns of training, and end when it should."""
+
+    def __init__(self, shared: SharedModel, models: Models) -> None:
+        self.shared = shared
+        super().__init__(models.options, weights=models.weights)
+
+    @contextmanager
+    def serving(self, installed: Installed | None = None) -> Iterator[Any]:
+        with self.shared.turn(), pausing(self._give_way), super().serving(installed) as model:
+            yield model
+
+    def _give_way(self) -> None:
+        if self.shared.stopping:
+            raise Interrupted(self.shared.stopping)
+        self.shared.pause()

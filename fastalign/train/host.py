@@ -38,7 +38,7 @@ class Host:
         return nullcontext()
 
     def pause(self) -> None:
-        """Called inside of a turn, between two micro-batches: others may have the device."""
+        """Called inside of a turn between two micro-batches, or two tokens that are generated: others may go first."""
 
 
 class SharedHost(Host):
@@ -73,9 +73,10 @@ class SharedHost(Host):
             raise ConfigError("model.liger_kernels changes functions that every model of the process calls; leave it out")
         if getattr(config, "engine", "") == "vllm":
             raise ConfigError("engine vllm has weights of its own; set --engine transformers")
-        if (reference := getattr(config, "reference", "auto")) not in ("auto", "adapter") or getattr(config, "sync_ref_model", False):
-            option = "sync_ref_model" if reference in ("auto", "adapter") else f"reference {reference}"
-            raise ConfigError(f"{option} holds another model, or scores all data at once; set --reference auto: the model in memory")
+        if (reference := getattr(config, "reference", "auto")) in ("copy", "stream"):
+            raise ConfigError(f"reference {reference} holds a second model; set --reference auto, which is the model in memory")
+        if getattr(config, "sync_ref_model", False):
+            raise ConfigError("sync_ref_model holds a second model, which follows the first one; leave it out")
         return config
 
     def load(self, config: RunConfig, tokenizer: Any) -> Any:

@@ -27,6 +27,7 @@ from fastalign.models.save import save_final
 from fastalign.models.trunk import causal_lm
 from fastalign.objectives.base import Online, RunConfig, Stateful
 from fastalign.packing import collate, packed_tokens, spared_tokens
+from fastalign.pausing import pausing
 from fastalign.ranks import Ranks, joined
 from fastalign.train import checkpoint, distributed
 from fastalign.train.card import write_card
@@ -71,7 +72,7 @@ def train(config: RunConfig, *, callbacks: Sequence[Callback] = (), on: Host = A
     first batch has passed the self-check nothing is written.
     """
     config.validate()
-    with joined(config.model.device) as ranks, _claimed(config, ranks) as folder:
+    with pausing(on.pause), joined(config.model.device) as ranks, _claimed(config, ranks) as folder:
         with ranks.together():
             run = _Run(on.admit(config, ranks), folder, callbacks, ranks, on)
         return run.run()
@@ -239,7 +240,7 @@ class _Run:
             before = checkpoint.rng_state()
             options: dict[str, Any] = {
                 "device": self.device, "backward": backward, "share": share, "idle": idle, "whole": self.weights.whole,
-                "before_last": before_last, "pause": self.host.pause,
+                "before_last": before_last,
             }  # fmt: skip
             try:
                 found = run_step(self.objective, own, samples=samples if ranks.size > 1 else None, **options)
@@ -349,7 +350,7 @@ class _Run:
                 folder.begin(fresh=config.overwrite)
                 dump(replace(config, resume=False, overwrite=False), folder.path / "config.yaml")
                 write_counts(folder.path, self.data)
-        with ranks.together(), writing(folder.path):
+        with ranks.together(), writing(folder.path), self.host.turn():
             self.objective = config.objective(self.model, self.data, folder.path)
         self.weights = distributed.of(self.model, self.objective, config, ranks, self.device)
         self.optimizer = Optimizer(

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastalign.errors import ConfigError, DataError
 from fastalign.objectives.base import Objective, Prepared, RunConfig
 from fastalign.packing import collate, pack_samples, packed_tokens, spared_tokens
+from fastalign.pausing import pause
 from fastalign.ranks import Ranks
 from fastalign.types import Sample
 
@@ -138,14 +139,13 @@ def run_step(
     idle: Sequence[Sequence[Sample]] = (),
     whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     before_last: Callable[[Tensor], None] | None = None,
-    pause: Callable[[], object] = bool,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Add the gradient of the loss of all samples to the weights, one bin at a time.
 
-    `before_last` is called with the loss of the whole step before the backward of the last bin, `pause` between two bins. Returns the
-    metric sums, still on the device, and the denominators. None of it depends on how the samples are cut into bins, or on whether those
-    of a bin share their prompts. Where other processes have bins of the step, too, `samples` are all of its samples, and `idle` are bins
-    that this one runs after its own for nothing, so that all processes run the layers equally often; inside of `whole` they need not.
+    `before_last` is called with the loss of the whole step before the backward of the last bin. Returns the metric sums, still on the
+    device, and the denominators. None of it depends on how the samples are cut into bins, or on whether those of a bin share their
+    prompts. Where other processes have bins of the step, too, `samples` are all of its samples, and `idle` are bins that this one runs
+    after its own for nothing, so that all processes run the layers equally often; inside of `whole` they need not.
     """
     if samples is None:
         samples = [sample for members in bins for sample in members]
@@ -156,8 +156,7 @@ def run_step(
     totals: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
         for at, members in enumerate(bins):
-            if at:
-                pause()
+            pause()
             batch = collate(members, share=share).to(device)
             loss, sums = objective.loss(batch, denominators)
             for name, value in sums.items():

@@ -20,6 +20,7 @@ from fastalign import KTOConfig, train
 from fastalign.data.config import UnpairedDataConfig
 from fastalign.errors import ConfigError
 from fastalign.models.config import LoraConfig, ModelConfig
+from fastalign.rollout.generate import generate
 from fastalign.serve.decode import RowSampling
 from fastalign.serve.engine import Engine, Job
 from fastalign.serve.models import Models
@@ -60,6 +61,16 @@ def config(folder: Path, output: Path, **options: Any) -> KTOConfig:
     return KTOConfig(**(base | options))
 
 
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a service."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastalign.train.loop.write_report", lambda run: run)
+        train(config(folder, run))
+    return run
+
+
 def said_alone(folder: Path, adapter: str | None) -> list[str]:
     """The greedy answers to QUESTIONS by Transformers and PEFT alone."""
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -97,9 +108,10 @@ class Client(threading.Thread):
         return self.heard
 
 
-def test_a_service_that_is_asked_all_the_time_learns_what_a_run_alone_learns(engine: Engine, folder: Path, tmp_path: Path) -> None:
+def test_a_service_that_is_asked_all_the_time_learns_what_a_run_alone_learns(
+    engine: Engine, folder: Path, alone: Path, tmp_path: Path
+) -> None:
     """With dropout, and with two changes of version on the way, for which PEFT draws random numbers."""
-    train(config(folder, tmp_path / "alone"))
     expected = {"": said_alone(folder, None), **{name: said_alone(folder, name) for name in ("one", "two")}}
     assert len({tuple(answers) for answers in expected.values()}) == 3
     client, shared, steps = Client(engine), SharedModel(engine.models), []
@@ -118,7 +130,7 @@ def test_a_service_that_is_asked_all_the_time_learns_what_a_run_alone_learns(eng
     assert {version for version, _, _ in heard} == {"", "one", "two"}
     assert steps[-1][1] - steps[0][1] >= STEPS  # they were given between the steps, not before or after all of them
     for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "beside" / "final" / file).read_bytes() == (tmp_path / "alone" / "final" / file).read_bytes()
+        assert (tmp_path / "beside" / "final" / file).read_bytes() == (alone / "final" / file).read_bytes()
     engine.swap("new", str(tmp_path / "beside" / "final"), lambda: None)
     assert engine.models.adapters() and engine.models.current.version == "new"
 
@@ -145,8 +157,24 @@ def test_the_service_is_the_same_before_and_after(engine: Engine, folder: Path, 
     assert [text for _, _, text in client.end()][: len(expected)] == expected
 
 
-def test_a_run_is_stopped_with_the_service_and_goes_on_later(engine: Engine, folder: Path, tmp_path: Path) -> None:
-    train(config(folder, tmp_path / "alone"))
+def test_versions_are_measured_beside_the_answers(engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the weights in memory, and while a version is measured answers by another one come in between."""
+    expected, two = said_alone(folder, None), said_alone(folder, "two")
+    monkeypatch.setattr("fastalign.models.shared.read_model", None)  # nothing is read again
+    client = Client(engine)
+    with SharedModel(engine.models).models() as own:
+        texts = [[{"role": "user", "content": text}] for text in QUESTIONS]
+        prompts = [own.tokenizer.apply_chat_template(text, tokenize=True, add_generation_prompt=True).input_ids for text in texts]
+        with own.serving(own.install("measured", str(folder / "two"))) as model:
+            engine.models.turns.patience, before, said = 0, len(client.heard), []
+            while len(client.heard) < before + 3:
+                said = generate(model, prompts, max_new_tokens=TOKENS, eos_token_id=sorted(own.eos), temperature=0.0)
+        assert [own.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in said] == two
+        assert own.weights is engine.models.weights and own.base is not engine.models.base
+    assert all(text == expected[k] for _, k, text in client.end()) and engine.models.adapters() == []
+
+
+def test_a_run_is_stopped_with_the_service_and_goes_on_later(engine: Engine, folder: Path, alone: Path, tmp_path: Path) -> None:
     shared = SharedModel(engine.models)
 
     def step(number: int, _: dict[str, float]) -> None:
@@ -158,7 +186,7 @@ def test_a_run_is_stopped_with_the_service_and_goes_on_later(engine: Engine, fol
     assert not (tmp_path / "run" / "final").exists()
     train(config(folder, tmp_path / "run", resume=True), on=SharedModel(engine.models))
     file = Path("final") / "adapter_model.safetensors"
-    assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+    assert (tmp_path / "run" / file).read_bytes() == (alone / file).read_bytes()
 
 
 def test_a_memory_budget_bounds_the_micro_batches(engine: Engine, folder: Path, tmp_path: Path) -> None:

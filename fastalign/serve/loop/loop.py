@@ -28,14 +28,11 @@ from fastalign.serve.loop.switch import Database, Service, Switch
 from fastalign.serve.models import Models
 from fastalign.serve.records import BASE, Version
 from fastalign.serve.store import Store
+from fastalign.serve.training import Interrupted
 from fastalign.train.folder import locked
 from fastalign.train.loop import train
 
 log = logging.getLogger("fastalign")
-
-
-class Interrupted(Exception):
-    """A signal ended the training run; the loop goes on from its checkpoint."""
 
 
 class Workshop(Protocol):
