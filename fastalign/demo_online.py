@@ -83,7 +83,9 @@ def run(folder: Path, size: Size, console: Console) -> dict[str, Any]:
         console.rule(f"[bold]2. Served at {client.url}")
         console.print(f"its operator's page is {client.url}/operator, as long as this runs")
         rates = [win_rate(client, asked, first)]
-        console.print(f"win rate against the first version, on {len(asked)} questions of a kind nobody asks: {rates[0]:.2f}")
+        (folder / "online").mkdir()
+        report = _note(folder, rates[0])
+        console.print(f"win rate against the first version, on {len(asked)} questions with digits that nobody else asks of: {rates[0]:.2f}")
         config = OnlineConfig(
             serve=client.url, output=str(folder / "online"), rounds=1, wait=False, train=LEARNING, gate=GateConfig(max_kl=2.0)
         )
@@ -93,13 +95,14 @@ def run(folder: Path, size: Size, console: Console) -> dict[str, Any]:
             console.print(f"{PEOPLE} people judged {size.pairs} pairs of answers: " + ", ".join(f"{k} {v}" for k, v in votes.items()))
             online(replace(config, min_feedback=size.pairs // 2))
             rates.append(win_rate(client, asked, first))
+            report = _note(folder, rates[-1])
             console.print(f"win rate against the first version: {rates[-1]:.2f}")
     summary = {
         "objective": "online",
         "seconds": round(time.perf_counter() - started, 1),
         "pretraining_loss": loss,
         "win_rates": rates,
-        "report": str(folder / "online" / "report.html"),
+        "report": str(report),
         "command": f"fastalign serve --model {folder / 'model'} --data {folder / 'feedback.db'} --open",
     }
     (folder / "demo.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -171,6 +174,18 @@ def win_rate(client: Client, rows: Sequence[dict[str, Any]], first: Sequence[str
         now = list(pool.map(lambda row: client.ask(row["prompt"], 1)[0][1], rows))
     wins = [0.5 + 0.5 * (likes(a, row["answer"]) - likes(b, row["answer"])) for a, b, row in zip(now, first, rows)]
     return sum(wins) / len(wins)
+
+
+def _note(folder: Path, rate: float) -> Path:
+    """Make what people prefer a metric of the version that answers, for the operator's page and the report, which is written again."""
+    from fastalign.serve.loop.page import FIRST, write_page
+    from fastalign.serve.loop.rounds import Rounds
+    from fastalign.serve.store import Store
+
+    with Store(folder / "feedback.db") as store:
+        if (live := store.live_version()) is not None:
+            store.set_metrics(live.name, {FIRST: rate})
+        return write_page(Rounds(folder / "online"), store.versions(), folder / "online" / "report.html")
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:

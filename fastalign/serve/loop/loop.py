@@ -222,7 +222,7 @@ class Loop:
             self.store.add_event("round", {"version": current.name, "promoted": promoted, "reasons": told})
         current.close(promoted=promoted, reasons=reasons, figures=figures)
         log.info("%s: %s (%s)", current.name, f"{current.name} answers now" if promoted else f"{current.begun.parent} goes on", told)
-        write_page(self.rounds, self.rounds.folder / "report.html")
+        write_page(self.rounds, self.store.versions(), self.rounds.folder / "report.html")
 
 
 def _unteachable(found: Collected) -> str | None:
