@@ -236,7 +236,7 @@ def _training(rows: Sequence[Row], config: CollectConfig, *, after: int, seed: i
     new = _thin([row for row in mine if row.newest > after], config, seed, dropped)
     older = _thin([row for row in mine if row.newest <= after], config, seed, Counter())
     wanted = round(config.replay * len(new))
-    drawn = sorted(older, key=lambda row: draw_key(seed, *row.key))[:wanted]
+    drawn = sorted(older, key=lambda row: draw_key(seed, str(after).encode(), *row.key))[:wanted]  # each round has a draw of its own
     return new, sorted(drawn, key=lambda row: (row.newest, row.key))
 
 

@@ -205,6 +205,8 @@ def test_replay_is_a_share_of_the_new_rows_drawn_by_the_seed(talk: Talk, tmp_pat
         assert (found.counts["rows/new"], found.counts["rows/replay"]) == (10, 5)
         drawn[seed] = rows(tmp_path / f"{seed}/train.jsonl")
     assert drawn[0][:10] == drawn[1][:10] and drawn[0][10:] != drawn[1][10:]
+    run(talk, tmp_path / "before", after=48, replay=0.5)  # of a round before, with the same seed
+    assert len(set(drawn[0][10:]) & set(rows(tmp_path / "before/train.jsonl")[12:])) < 3
     assert run(talk, tmp_path / "none", after=50, replay=0.0).rows == 10 and run(talk, tmp_path / "all", after=50, replay=99).rows == 60
 
 
