@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fastalign.data.feedback import Judgement, digest
+from fastalign.data.feedback import digest
 from fastalign.data.messages import has_text
 from fastalign.data.writing import write_rows
 from fastalign.errors import ConfigError
@@ -219,9 +219,9 @@ def _unanswerable(answer: Answer) -> str | None:
 
 
 def _is_held_out(answer: Answer, share: float) -> bool:
-    """Depends on nothing but the words of the conversation, not even on their case and white space, as in `data convert`."""
-    key = Judgement(0, "", answer.messages, [], []).split_key()
-    return int.from_bytes(key[:8], "big") < share * 2**64
+    """Depends on nothing but the words of the conversation, not even on their case and white space."""
+    words = [[message["role"], *str(message["content"]).casefold().split()] for message in answer.messages]
+    return int.from_bytes(digest(words)[:8], "big") < share * 2**64
 
 
 def _row(one: Conversation, found: Label | Pair) -> Row:
@@ -236,7 +236,7 @@ def _training(rows: Sequence[Row], config: CollectConfig, *, after: int, seed: i
     new = _thin([row for row in mine if row.newest > after], config, seed, dropped)
     older = _thin([row for row in mine if row.newest <= after], config, seed, Counter())
     wanted = round(config.replay * len(new))
-    drawn = sorted(older, key=lambda row: draw_key(seed, *row.key))[:wanted]
+    drawn = sorted(older, key=lambda row: draw_key(seed, str(after).encode(), *row.key))[:wanted]  # each round has a draw of its own
     return new, sorted(drawn, key=lambda row: (row.newest, row.key))
 
 

@@ -82,9 +82,10 @@ def test_auto_takes_the_form_of_most_new_feedback_and_either_can_be_asked_for(ta
     assert set(rows(tmp_path / "even/train.jsonl")) == {("q", "A", True), ("q", "B", False), ("r", "C", False)}
     dpo = run(talk, tmp_path / "dpo", objective="dpo")
     assert rows(tmp_path / "dpo/train.jsonl") == [("q", "A", "B")] and dpo.counts["dropped/a label of an answer in no pair"] == 1
-    assert run(talk, tmp_path / "old", after=1).objective == "kto"  # the pair is old by now
     talk.said(("u", "edit", "d", "mended"))
-    assert run(talk, tmp_path / "more").objective == "dpo"
+    assert run(talk, tmp_path / "more").objective == "dpo"  # two pairs, one label
+    talk.said(("u", "thumb", "c", True))
+    assert run(talk, tmp_path / "again").objective == "dpo" and run(talk, tmp_path / "new", after=3).objective == "kto"  # one new label
 
 
 def test_the_last_word_up_to_the_given_feedback_counts(talk: Talk, tmp_path: Path):
@@ -187,6 +188,14 @@ def test_held_out_conversations_stay_so_and_never_return_as_replay(talk: Talk, t
     assert sum(row[1].startswith("a") for row in rows(tmp_path / "second/train.jsonl")) == second.counts["rows/replay"]
 
 
+def test_case_and_white_space_do_not_bring_a_held_out_conversation_into_training(talk: Talk, tmp_path: Path):
+    talk.answers(*((f"a{i}", f"Say {i}", "A") for i in range(40)), *((f"b{i}", f" say\n{i} ", "A") for i in range(40)))
+    talk.said(*(("u", "thumb", f"{name}{i}", True) for i in range(40) for name in "ab"))
+    run(talk, tmp_path / "out", held_out=0.5)
+    split = [[" ".join(row[0].casefold().split()) for row in rows(tmp_path / "out" / name)] for name in ("train.jsonl", "heldout.jsonl")]
+    assert not set(split[0]) & set(split[1]) and all(split) and len(split[0]) + len(split[1]) == 80
+
+
 def test_replay_is_a_share_of_the_new_rows_drawn_by_the_seed(talk: Talk, tmp_path: Path):
     talk.answers(*((f"a{i}", f"q{i}", f"A{i}") for i in range(60)))
     talk.said(*(("u", "thumb", f"a{i}", i % 2 == 0) for i in range(60)))
@@ -196,6 +205,8 @@ def test_replay_is_a_share_of_the_new_rows_drawn_by_the_seed(talk: Talk, tmp_pat
         assert (found.counts["rows/new"], found.counts["rows/replay"]) == (10, 5)
         drawn[seed] = rows(tmp_path / f"{seed}/train.jsonl")
     assert drawn[0][:10] == drawn[1][:10] and drawn[0][10:] != drawn[1][10:]
+    run(talk, tmp_path / "before", after=48, replay=0.5)  # of a round before, with the same seed
+    assert len(set(drawn[0][10:]) & set(rows(tmp_path / "before/train.jsonl")[12:])) < 3
     assert run(talk, tmp_path / "none", after=50, replay=0.0).rows == 10 and run(talk, tmp_path / "all", after=50, replay=99).rows == 60
 
 

@@ -47,6 +47,11 @@ def test_nothing_known_is_no_promotion_and_everything_against_is_told():
     assert len(decide(worst, GateConfig()).reasons) == 3
 
 
+def test_the_loss_may_rise_by_a_share_of_what_it_was():
+    figures = GOOD | {"regression_nll": 2.035, "regression_nll_before": 2.0, "regression_nll_first": 2.0}
+    assert decide(figures, GateConfig()).promote and not decide(figures, GateConfig(max_regression=0.01)).promote
+
+
 def test_a_margin_lets_a_candidate_pass_that_is_only_shown_to_be_no_worse():
     even = {"win_rate": 0.5, "comparisons": 400}
     assert not decide(even, GateConfig(max_kl=None)).promote and decide(even, GateConfig(max_kl=None, min_win_rate=0.45)).promote
