@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastalign import demo_task
 from fastalign.demo_model import Size, build_model, build_tokenizer, one_thread, pretrain, sample
-from fastalign.errors import DependencyError, OutputError
+from fastalign.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +62,7 @@ class Client:
 def run(folder: Path, size: Size, console: Console) -> dict[str, Any]:
     """Run the demo in the folder and print it; returns what `demo.json` holds."""
     from fastalign.serve.loop.config import OnlineConfig
+    from fastalign.serve.loop.gate import GateConfig
     from fastalign.serve.loop.loop import online
 
     started = time.perf_counter()
@@ -83,7 +84,9 @@ def run(folder: Path, size: Size, console: Console) -> dict[str, Any]:
         console.print(f"its operator's page is {client.url}/operator, as long as this runs")
         rates = [win_rate(client, asked, first)]
         console.print(f"win rate against the first version, on {len(asked)} questions of a kind nobody asks: {rates[0]:.2f}")
-        config = OnlineConfig(serve=client.url, output=str(folder / "online"), rounds=1, wait=False, train=LEARNING)
+        config = OnlineConfig(
+            serve=client.url, output=str(folder / "online"), rounds=1, wait=False, train=LEARNING, gate=GateConfig(max_kl=2.0)
+        )
         for number in range(ROUNDS):
             console.rule(f"[bold]Round {number + 1}")
             votes = judge(client, questions[number * size.pairs : (number + 1) * size.pairs], seed=number)
@@ -107,11 +110,6 @@ def run(folder: Path, size: Size, console: Console) -> dict[str, Any]:
 @contextmanager
 def serving(folder: Path) -> Iterator[Client]:
     """`fastalign serve` in a process of its own."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise DependencyError("this demo serves its model over HTTP: pip install 'fastalign[serve]'") from error
     options = ["--model", str(folder / "model"), "--data", str(folder / "feedback.db"), "--name", "demo", "--open", "--port", "0"]
     limits = ["--rate", "1000000", "--concurrent", "1000"]
     process = subprocess.Popen([sys.executable, "-m", "fastalign", "serve", *options, *limits], stderr=subprocess.PIPE, text=True)

@@ -20,6 +20,7 @@ LEVELS = [
     ("serve",),
     ("demo_data", "demo_task"),
     ("demo_model",),
+    ("demo_online",),
     ("demo",),
     ("cli",),
     ("__init__", "__main__"),

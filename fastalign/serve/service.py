@@ -66,7 +66,15 @@ def build(config: ServeConfig) -> Any:
             _go_live(config, store, engine)
             if not config.open and not any(token.revoked is None for token in store.tokens()):
                 log.warning("no tokens yet, so nobody gets in: fastalign serve token add --data %s --role user", config.data)
-            return create_app(config, store, engine)
+            if not config.loop:
+                return create_app(config, store, engine)
+            from fastalign.serve.loop.beside import Learner
+
+            models.turns.patience = config.patience
+            learner = Learner(config, store, engine)
+            app = create_app(config, store, engine, learner.stop)
+            learner.start()
+            return app
         except BaseException:
             engine.stop()
             raise

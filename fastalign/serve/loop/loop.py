@@ -142,7 +142,7 @@ class Loop:
         if fresh < self.config.min_feedback or live is None:
             return None
         if live.name != BASE and not (Path(live.folder) / "adapter_config.json").is_file():
-            raise ConfigError(f"version {live.name} is a whole model, and the loop trains adapters on {self.base.folder}; promote another one")
+            raise ConfigError(f"version {live.name} is a whole model, and the loop trains adapters on the base model; promote another one")
         begun = self.rounds.begin(parent=live.name, upto=upto, taken=[version.name for version in self.store.versions()])
         log.info("%s: %d new judgements; training from %s", begun.name, fresh, live.name)
         return begun

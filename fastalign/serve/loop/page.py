@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from fastalign.serve.loop.rounds import Round, Rounds
 from fastalign.train.config import write_text
-from fastalign.train.curves import BLUE, GREEN, GREY, ORANGE
+from fastalign.train.curves import Rate, draw_rates
 from fastalign.train.page import TEMPLATE, escape, figure, section, table, text_of
 
 _HEADS = ("round", "from", "rows", "win rate", "95 % interval", "comparisons", "KL, nats per token", "ended", "outcome")
@@ -48,25 +47,9 @@ def _figures(one: Round) -> dict[str, Any]:
 
 
 def _draw(measured: Sequence[Round]) -> bytes:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    drawing = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = drawing.subplots()
+    rates = []
     for one in measured:
-        figures, promoted = _figures(one), bool(one.closed and one.closed.promoted)
-        rate = figures["win_rate"]
-        low, high = figures.get("win_rate_ci95", (rate, rate))
-        # The interval is of another centre than the rate and may exclude it, but at the ends of the scale only.
-        axes.errorbar(
-            one.begun.number, rate, [[max(0.0, rate - low)], [max(0.0, high - rate)]],
-            fmt="o", color=GREEN if promoted else ORANGE, ecolor=GREY, capsize=3,
-        )  # fmt: skip
-    axes.plot([one.begun.number for one in measured], [_figures(one)["win_rate"] for one in measured], color=BLUE, linewidth=1, zorder=0)
-    axes.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
-    axes.set(xlabel="round", ylabel="win rate", ylim=(-0.02, 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    file = io.BytesIO()
-    drawing.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+        found = _figures(one)
+        low, high = found.get("win_rate_ci95", (found["win_rate"], found["win_rate"]))
+        rates.append(Rate(one.begun.number, found["win_rate"], low, high, bool(one.closed and one.closed.promoted)))
+    return draw_rates(rates, "round", "win rate")

@@ -1,4 +1,4 @@
-"""How the loop changes the version that answers: through a running service, or in the database of one that does not run."""
+"""How the loop changes the version that answers: through a service, or in the database of one that does not run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from fastalign.serve.store import Store
 
 
 class Switch(Protocol):
-    """Changes the version that answers. Both raise StoreConflictError when another version than expected is involved by now."""
+    """Changes the version that answers. Both raise StoreConflictError when another version than expected is involved by now.
 
-    def promote(self, name: str, expected: str) -> None:
+    `serve.swaps.Swaps` is that of a service in this process.
+    """
+
+    def promote(self, name: str, expected: str) -> object:
         """Answer with version `name` in the place of `expected`. Raises ModelError when it cannot answer; then nothing changes."""
 
-    def roll_back(self, expected: str, reason: str) -> None:
+    def roll_back(self, expected: str, reason: str) -> object:
         """Answer with version `expected` again, which was live before."""
 
 
