@@ -171,6 +171,7 @@ def test_versions_are_measured_beside_the_answers(engine: Engine, folder: Path, 
         while len(client.heard) < before + 3:
             said = generate(model, prompts, max_new_tokens=TOKENS, eos_token_id=sorted(own.eos), temperature=0.0)
     assert [own.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in said] == two
+    assert engine.models.turns._trainer is None  # other work than the models' holds nobody up
     assert own.weights is engine.models.weights and own.base is not engine.models.base
     assert all(text == expected[k] for _, k, text in client.end()) and engine.models.adapters() == []
 
