@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from fastalign.errors import ConfigError
-from fastalign.objectives.base import RunConfig
 from fastalign.pausing import pausing
 from fastalign.serve.models import Installed, Models
 from fastalign.train.host import SharedHost
-from fastalign.train.loop import train
-
-
-class Interrupted(Exception):
-    """Somebody wants the work to end; it goes on from what is on the disk."""
 
 
 class SharedModel(SharedHost):
-    """What `train(config, on=...)` needs to train an adapter on the base model of `models`, in a thread beside the engine's. A `Workshop`.
+    """What `train(config, on=...)` needs to train an adapter on the base model of `models`, in a thread beside the engine's.
 
     The service's turns go first (`Models.turns`), and what it answers is nothing else than without a training; the adapter is that of
     a run that has the device for itself, bit for bit. It becomes a version from its folder, `output`/final, as any other.
@@ -35,17 +29,8 @@ class SharedModel(SharedHost):
         super().__init__(models.weights)
         if memory_budget is not None and not memory_budget > 0:
             raise ConfigError(f"memory_budget must be a positive number of GiB, or null, got {memory_budget}")
-        self._models, self.turns = models, models.turns
+        self.turns = models.turns
         self.memory_budget = None if memory_budget is None else memory_budget * 2**30
-
-    def train(self, config: RunConfig) -> str | None:
-        """Carry out or continue a run; the reason why it ended early."""
-        return train(config, on=self).interrupted
-
-    @contextmanager
-    def models(self) -> Iterator[Models]:
-        """The base model once more, for measurements with adapters on it: the same weights, in modules that the service does not use."""
-        yield _Measured(self, self._models)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -67,19 +52,24 @@ class SharedModel(SharedHost):
             torch.cuda.synchronize()
 
 
-class _Measured(Models):
-    """Models that compute in the turns of training, and end when it should."""
+class MeasuredModels(Models):
+    """The base model of a service once more, to measure adapters on it: the same weights, in modules that the service does not use.
 
-    def __init__(self, shared: SharedModel, models: Models) -> None:
-        self.shared = shared
-        super().__init__(models.options, weights=models.weights)
+    What they compute is computed in the turns of training, and gives way between batches and between tokens; other work (data that is
+    read, a judge that is waited for) holds nobody up. `pause` is called there, and may raise what ends the measurement.
+    """
+
+    def __init__(self, service: Models, host: SharedModel, pause: Callable[[], object]) -> None:
+        self.host, self.pause = host, pause
+        super().__init__(service.options, service.weights)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self.host.turn(), pausing(self.pause):
+            self.pause()
+            yield
 
     @contextmanager
     def serving(self, installed: Installed | None = None) -> Iterator[Any]:
-        with self.shared.turn(), pausing(self._give_way), super().serving(installed) as model:
+        with self.turn(), super().serving(installed) as model:
             yield model
-
-    def _give_way(self) -> None:
-        if self.shared.stopping:
-            raise Interrupted(self.shared.stopping)
-        self.shared.pause()

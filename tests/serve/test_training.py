@@ -24,7 +24,7 @@ from fastalign.rollout.generate import generate
 from fastalign.serve.decode import RowSampling
 from fastalign.serve.engine import Engine, Job
 from fastalign.serve.models import Models
-from fastalign.serve.training import SharedModel
+from fastalign.serve.training import MeasuredModels, SharedModel
 from fastalign.train.config import load
 
 STEPS, TOKENS = 10, 12
@@ -162,15 +162,17 @@ def test_versions_are_measured_beside_the_answers(engine: Engine, folder: Path, 
     expected, two = said_alone(folder, None), said_alone(folder, "two")
     monkeypatch.setattr("fastalign.models.shared.read_model", None)  # nothing is read again
     client = Client(engine)
-    with SharedModel(engine.models).models() as own:
-        texts = [[{"role": "user", "content": text}] for text in QUESTIONS]
-        prompts = [own.tokenizer.apply_chat_template(text, tokenize=True, add_generation_prompt=True).input_ids for text in texts]
-        with own.serving(own.install("measured", str(folder / "two"))) as model:
-            engine.models.turns.patience, before, said = 0, len(client.heard), []
-            while len(client.heard) < before + 3:
-                said = generate(model, prompts, max_new_tokens=TOKENS, eos_token_id=sorted(own.eos), temperature=0.0)
-        assert [own.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in said] == two
-        assert own.weights is engine.models.weights and own.base is not engine.models.base
+    shared = SharedModel(engine.models)
+    own = MeasuredModels(engine.models, shared, shared.pause)
+    texts = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    prompts = [own.tokenizer.apply_chat_template(text, tokenize=True, add_generation_prompt=True).input_ids for text in texts]
+    with own.serving(own.install("measured", str(folder / "two"))) as model:
+        engine.models.turns.patience, before, said = 0, len(client.heard), []
+        while len(client.heard) < before + 3:
+            said = generate(model, prompts, max_new_tokens=TOKENS, eos_token_id=sorted(own.eos), temperature=0.0)
+    assert [own.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in said] == two
+    assert engine.models.turns._trainer is None  # other work than the models' holds nobody up
+    assert own.weights is engine.models.weights and own.base is not engine.models.base
     assert all(text == expected[k] for _, k, text in client.end()) and engine.models.adapters() == []
 
 

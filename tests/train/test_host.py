@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -150,6 +152,33 @@ def test_the_weights_are_there_once_and_the_run_s_own_are_gone_after_it(
 
 
 ONLINE = {"rewards": ["numeric_match"], "data": PromptDataConfig(path="prompts.jsonl")}
+
+
+def test_others_may_go_first_before_every_batch_and_never_outside_of_a_turn(inputs: Path, tmp_path: Path) -> None:
+    """Of one step and one evaluation: in micro-batches, in the passes before them that KTO's KL needs, and for the cached reference."""
+
+    class Counting(SharedHost):
+        inside = pauses = turns = 0
+
+        @contextmanager
+        def turn(self) -> Iterator[None]:
+            self.inside, self.turns = self.inside + 1, self.turns + 1
+            yield
+            self.inside -= 1
+
+        def pause(self) -> None:
+            assert self.inside
+            self.pauses += 1
+
+    weights, found = SharedWeights(ModelConfig(str(inputs / "qwen3"))), {}
+    for name, options in {"plain": {"loss_type": "apo_zero_unpaired"}, "kl": {}, "cache": {"reference": "cache"}}.items():
+        host = Counting(weights)
+        train(config(KTOConfig, inputs, tmp_path / name, max_steps=1, max_tokens=64, **options), on=host)
+        assert host.turns >= 4 and host.inside == 0
+        found[name] = host.pauses
+    assert found["plain"] >= 6 and found["plain"] + 4 <= found["kl"] <= found["cache"] - 10, found  # the cache is of all 24 samples, twice
+
+
 REFUSED = [
     (SFTConfig, {"lora": LoraConfig()}, "lora.r 0 would train the weights that others use; set --lora.r 16"),
     (PPOConfig, ONLINE, "ppo trains another model than a language model with an adapter"),

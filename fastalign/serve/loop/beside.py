@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from fastalign.errors import ConfigError, FastalignError
+from fastalign.objectives.base import RunConfig
 from fastalign.serve.config import ServeConfig
 from fastalign.serve.engine import Engine
 from fastalign.serve.loop.config import OnlineConfig
-from fastalign.serve.loop.loop import Loop
+from fastalign.serve.loop.loop import Interrupted, Loop
+from fastalign.serve.models import Models
 from fastalign.serve.records import BASE
 from fastalign.serve.store import Store
 from fastalign.serve.swaps import Swaps
-from fastalign.serve.training import Interrupted, SharedModel
+from fastalign.serve.training import MeasuredModels, SharedModel
 from fastalign.train.config import load
 from fastalign.train.folder import locked
+from fastalign.train.loop import train
 
 log = logging.getLogger("fastalign")
+
+
+class ServiceModels:
+    """A workshop on the base model of `models`: no second copy of its weights, and never at the same time as an answer."""
+
+    def __init__(self, models: Models, *, memory_budget: float | None) -> None:
+        self.service, self.host = models, SharedModel(models, memory_budget=memory_budget)
+
+    def train(self, config: RunConfig) -> str | None:
+        return train(config, on=self.host).interrupted
+
+    @contextmanager
+    def models(self) -> Iterator[Models]:
+        yield MeasuredModels(self.service, self.host, self._pause)
+
+    def _pause(self) -> None:
+        if self.host.stopping:
+            raise Interrupted(self.host.stopping)
+        self.host.pause()
 
 
 class Learner:
@@ -39,7 +63,7 @@ class Learner:
         options = replace(options, serve=config.data)
         options.validate()
         folder = options.folder(Path(config.data).resolve())
-        self.workshop = SharedModel(engine.models, memory_budget=config.memory_budget)
+        self.workshop = ServiceModels(engine.models, memory_budget=config.memory_budget)
         self.loop = Loop(options, store, Swaps(store, engine), self.workshop, folder, store.version(BASE))
         self.thread = threading.Thread(target=self._work, name="loop", daemon=True)
 
@@ -50,7 +74,7 @@ class Learner:
     def stop(self) -> None:
         """End after the step in progress, with a checkpoint."""
         self.loop.stopping.set()
-        self.workshop.stop("SIGTERM")
+        self.workshop.host.stop("SIGTERM")
         self.thread.join()
 
     def _work(self) -> None:

@@ -33,7 +33,7 @@ class CollectConfig:
     """What a round learns from."""
 
     objective: Literal["auto", "kto", "dpo"] = "auto"  # auto: dpo where new pairs outnumber new labels of answers in no pair, else kto
-    held_out: float = 0.1  # share of the conversations that are never trained on, the same ones in every round
+    held_out: float = 0.2  # share of the conversations that are never trained on, the same ones in every round
     replay: float = 1.0  # rows of older feedback for each row of new feedback, against forgetting
     per_user: float = 0.1  # largest share of the weight of a round's rows that one user may have, against poisoning
     good_rating: float | None = None  # ratings from here on count as thumbs up, others as down; null: above and below the user's own mean

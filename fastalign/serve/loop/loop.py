@@ -28,11 +28,14 @@ from fastalign.serve.loop.switch import Database, Service, Switch
 from fastalign.serve.models import Models
 from fastalign.serve.records import BASE, Version
 from fastalign.serve.store import Store
-from fastalign.serve.training import Interrupted
 from fastalign.train.folder import locked
 from fastalign.train.loop import train
 
 log = logging.getLogger("fastalign")
+
+
+class Interrupted(Exception):
+    """Somebody wants the work to end; it goes on from what is on the disk."""
 
 
 class Workshop(Protocol):
@@ -119,7 +122,7 @@ class Loop:
     def look(self) -> None:
         """Roll back where the live version is liked less than the one that it replaced."""
         live = self.store.live_version()
-        reason = fallen(self.store, self.config.live)
+        reason = fallen(self.store, self.config.live, good_rating=self.config.collect.good_rating)
         if live is None or live.replaced is None or reason is None:
             return
         log.warning("%s: %s; going back to %s", live.name, reason, live.replaced)

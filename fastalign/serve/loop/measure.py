@@ -156,7 +156,8 @@ def kl_per_token(models: Models, version: Installed, other: Installed, samples: 
             return segment_sum(kl, batch.live_cu_seqlens)
 
     device = next(models.base.parameters()).device
-    total = torch.cat(by_sample(score, samples, max_tokens, device)).double().sum().item()
+    with models.turn():
+        total = torch.cat(by_sample(score, samples, max_tokens, device)).double().sum().item()
     return total / max(1, sum(sample.num_targets for sample in samples))
 
 

@@ -208,7 +208,7 @@ def test_no_version_is_promoted_over_one_that_it_was_not_compared_with(talk: Tal
 
 def test_what_people_like_less_is_taken_back(talk: Talk, monkeypatch):
     talk.store.promote("one")
-    monkeypatch.setattr(module, "fallen", lambda store, config: "fewer thumbs are up")
+    monkeypatch.setattr(module, "fallen", lambda store, config, good_rating: "fewer thumbs are up")
     online(options(talk, min_feedback=1000))
     assert states(talk.store) == {"base": "live"} and talk.store.version("one").state == "rolled_back"
     assert talk.store.events()[-1].detail["reason"] == "fewer thumbs are up"
