@@ -240,6 +240,11 @@ class RunConfig:
         """What a step trains on of one `sample` of the data, as long as it may be."""
         return [sample]
 
+    @property
+    def copies_model(self) -> bool:
+        """Whether the objective makes a second model of the first, all of whose weights must be there then."""
+        return getattr(self, "reference", None) in ("copy", "stream") or getattr(self, "sync_ref_model", False)
+
     def load_model(self, tokenizer: Any) -> Any:
         """The model to train, with packed attention and, if one is trained, its adapter."""
         return load_model(self.model, lora=self.lora)

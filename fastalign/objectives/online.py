@@ -81,6 +81,10 @@ class OnlineConfig(AnswerConfig):
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
 
+    @property
+    def copies_model(self) -> bool:
+        return bool(self.beta) and (super().copies_model or (self.reference == "auto" and not self.lora.enabled))
+
     def named_code(self) -> dict[str, str | list[str]]:
         found = super().named_code()
         if any(":" in name and built_in(name) is None and not Path(name).is_dir() for name in self.rewards):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class Alone:
         """All weights are here inside, so that processes may run the model as often as each of them likes."""
         yield
 
+    def divide_copies(self, objective: Objective) -> None:
+        """Divide what further models of the objective have in common with the one that is trained."""
+
     def idle(self, bins: Sequence[Sequence[Bin]], index: int) -> list[Bin]:
         """What rank `index`, with its share of `bins`, runs for nothing while others have more of them to run."""
         return []
@@ -53,12 +57,9 @@ class Alone:
 
 
 class Divided(Alone):
-    """The weights of a model of several processes, divided by `config.parallel`; called after the objective has been built.
+    """The weights of a model of several processes, divided by `config.parallel`: what is on the host goes to `device`, layer by layer."""
 
-    Of `copies`, the further models that the objective holds, the head is divided as that of `model` is.
-    """
-
-    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device, copies: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
         self.model, self.ranks = model, ranks
         replicas = config.parallel.replicas
         mesh = init_device_mesh(device.type, (replicas, ranks.size // replicas), mesh_dim_names=("replicate", "shard"))
@@ -69,8 +70,8 @@ class Divided(Alone):
         self.heads: list[DividedHead] = []
         if config.parallel.head == "vocab":
             self.in_step = True
-            for owner in (model, *copies):
-                divide_head(owner, mesh["shard"].get_group(), self.heads)
+            divide_head(model, mesh["shard"].get_group(), self.heads)
+        _bring(model, device)
         self.division = _Rows(ranks, mesh, device)
 
     @contextmanager
@@ -87,6 +88,11 @@ class Divided(Alone):
             for layer in self.layers:
                 layer.set_reshard_after_forward(True)
                 layer.reshard()
+
+    def divide_copies(self, objective: Objective) -> None:
+        if self.heads and isinstance(objective, Copying):
+            for copy in objective.copies:
+                divide_head(copy, self.heads[0].exchange.group, self.heads)
 
     def idle(self, bins: Sequence[Sequence[Bin]], index: int) -> list[Bin]:
         if not self.in_step:
@@ -209,10 +215,40 @@ class _Rows(Division):
         return [found[i] for i in range(len(grads))]
 
 
-def of(model: nn.Module, objective: Objective, config: RunConfig, ranks: Ranks, device: torch.device) -> Alone:
+def of(model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> Alone:
     """The weights of `model` as this run has them."""
-    copies = objective.copies if isinstance(objective, Copying) else []
-    return Divided(model, config, ranks, device, copies) if ranks.size > 1 else Alone()
+    return Divided(model, config, ranks, device) if ranks.size > 1 else Alone()
+
+
+def is_divided_first(config: RunConfig, ranks: Ranks) -> bool:
+    """Whether a model is divided as soon as it has been read, so that a process never holds more than its share and a layer.
+
+    The weights are then read to the host, where they are pages of their files, and go to the device layer by layer. An objective
+    that makes a copy of the model, and kernels that are chosen by the device, need a whole one.
+    """
+    return ranks.size > 1 and config.parallel.shard == "full" and not config.copies_model and not config.model.liger_kernels
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where the model is trained."""
+    name = config.model.device
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def on_host(config: RunConfig) -> RunConfig:
+    """`config` with the model read to the host."""
+    return replace(config, model=replace(config.model, device="cpu"))
+
+
+def _bring(model: nn.Module, device: torch.device) -> None:
+    """Move to `device` what FSDP2 has left where it was; parameters keep their identity."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not isinstance(parameter, DTensor) and parameter.device.type != device.type:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != device.type:
+                module._buffers[name] = buffer.to(device)
 
 
 def _is_divided(weight: Tensor) -> bool:

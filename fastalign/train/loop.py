@@ -21,7 +21,7 @@ from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
 from fastalign.errors import DataError, DeviceMemoryError, ModelError, NumericsError
 from fastalign.models.adapters import POLICY, has_adapter
 from fastalign.models.critic import save_critic
-from fastalign.models.fingerprint import model_fingerprint
+from fastalign.models.fingerprint import keep_fingerprint, model_fingerprint
 from fastalign.models.heads import lm_head_weight
 from fastalign.models.save import save_final
 from fastalign.models.trunk import causal_lm
@@ -98,11 +98,14 @@ class _Run:
         self.data = config.load_data(self.tokenizer, head_vocab_size(config.model.path))  # before the model: mistakes show sooner
         samples = [*self.data.samples, *self.data.eval_samples]
         check_lengths(samples, config.token_limit, share=config.share_prompts)
+        self.divided_first = distributed.is_divided_first(config, ranks)
         with host.turn():
             torch.manual_seed(config.seed)
-            self.model = host.load(config, self.tokenizer)
-        self.device = next(self.model.parameters()).device
-        self.config = config = with_max_tokens(config, self.model, self.data, folder.path, ranks, budget=host.memory_budget)
+            self.model = host.load(distributed.on_host(config) if self.divided_first else config, self.tokenizer)
+        self.device = distributed.device_of(config) if self.divided_first else next(self.model.parameters()).device
+        self.config = config = with_max_tokens(
+            config, self.model, self.data, folder.path, ranks, device=self.device, budget=host.memory_budget
+        )
         self.head_weight = lm_head_weight(self.model)
         self.embedding = causal_lm(self.model).get_input_embeddings()
         check_vocabulary(samples, len(self.embedding.weight if self.head_weight is None else self.head_weight))
@@ -116,6 +119,9 @@ class _Run:
         _check_alike(self.identity, ranks)
         self.rss_before = rss_bytes()  # what is there without training
         trainable(self.model)  # mistakes show before anything is written
+        if self.divided_first:
+            keep_fingerprint(self.model, self.identity.model, skip_adapter=POLICY if has_adapter(self.model) else None)
+            self.weights = distributed.of(self.model, config, ranks, self.device)
         with host.turn():
             config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
         self.progress = Progress()
@@ -352,7 +358,9 @@ class _Run:
                 write_counts(folder.path, self.data)
         with ranks.together(), writing(folder.path), self.host.turn():
             self.objective = config.objective(self.model, self.data, folder.path)
-        self.weights = distributed.of(self.model, self.objective, config, ranks, self.device)
+        if not self.divided_first:
+            self.weights = distributed.of(self.model, config, ranks, self.device)
+        self.weights.divide_copies(self.objective)
         self.optimizer = Optimizer(
             self.model, config, head_weight=self.head_weight, embedding=self.embedding, division=self.weights.division
         )

@@ -30,13 +30,16 @@ FIRST = 2048  # tokens that are predicted first
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def with_max_tokens(config: Config, model: Any, data: Dataset, folder: Path, ranks: Ranks, *, budget: float | None = None) -> Config:
+def with_max_tokens(
+    config: Config, model: Any, data: Dataset, folder: Path, ranks: Ranks, *, device: torch.device, budget: float | None = None
+) -> Config:
     """`config` with a number where `max_tokens` is auto: that of the run which it resumes in `folder`, or what fits now.
 
-    It is the largest number, a multiple of 64, with which the prediction stays within a share of the free memory (nine tenths of a CUDA
-    device's, half of a host's), at most the tokens of the longest step, and no less than the longest sample. Several processes take
-    the smallest of theirs. With a `budget` of bytes beside the weights a number is kept only where it fits, too. Raises ConfigError for
-    a model whose memory cannot be predicted, and where the longest sample does not fit the budget.
+    `device` is where the run trains; the model may not be there yet. The number is the largest one, a multiple of 64, with which the
+    prediction stays within a share of the free memory (nine tenths of a CUDA device's, half of a host's), at most the tokens of the
+    longest step, and no less than the longest sample. Several processes take the smallest of theirs. With a `budget` of bytes beside
+    the weights a number is kept only where it fits, too. Raises ConfigError for a model whose memory cannot be predicted, and where
+    the longest sample does not fit the budget.
     """
     if config.max_tokens != "auto" and budget is None:
         return config
@@ -45,7 +48,6 @@ def with_max_tokens(config: Config, model: Any, data: Dataset, folder: Path, ran
     saved = folder / "config.yaml"
     if config.resume and saved.is_file():
         return replace(config, max_tokens=int(read_mapping(saved)["max_tokens"]))
-    device = next(model.parameters()).device
     low, high = step_tokens(config, data, ranks.size)
     high, room = min(high, config.token_limit), budget or math.inf
     if config.max_tokens == "auto":

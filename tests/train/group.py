@@ -1,8 +1,8 @@
 """Runs of a group of processes: `python -m torch.distributed.run --nproc_per_node N tests/train/group.py FOLDER TASK...`
 
 FOLDER is what `inputs` made. A task is a case, whose run goes to FOLDER/<processes>/<case>, or one of "whole: NAME: CASE", "stop: NAME:
-CASE", "resume: NAME: CASE" and "copy: NAME: OTHER", for runs of five steps at FOLDER/runs/NAME. The process of a test imports
-this file for the same runs by itself.
+CASE", "resume: NAME: CASE" and "copy: NAME: OTHER", for runs of five steps at FOLDER/runs/NAME, or "measure: NAME: CASE". The process
+of a test imports this file for the same runs by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 import fastalign.train.loop
 from fastalign import train
 from fastalign.data.config import DataConfig, PromptDataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
+from fastalign.errors import RankError
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.objectives.base import Copying, RunConfig
 from fastalign.objectives.cpo import CPOConfig, SimPOConfig
@@ -43,7 +46,7 @@ from fastalign.train.distributed import Divided
 
 Make = Callable[[Path], tuple[type[RunConfig], dict[str, Any]]]
 LORA = LoraConfig(r=4, targets=["all-linear", "lm_head"])
-VOCABULARY = 325
+VOCABULARY, DEEP = 325, 24
 REWARDS = """
 def likes_o(completions, **columns):
     return [text.count("o") / max(1, len(text)) for text in completions]
@@ -57,6 +60,7 @@ def inputs(folder: Path) -> None:
     save_tiny(folder / "model", "qwen3", tie_word_embeddings=True)
     save_tiny(folder / "untied", "llama", vocab_size=VOCABULARY)  # rows that two and four ranks cannot have equally many of
     save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48, vocab_size=VOCABULARY)
+    save_tiny(folder / "deep", "llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=DEEP, num_attention_heads=4)
     save_tiny(folder / "half", "llama", vocab_size=VOCABULARY, dtype=torch.bfloat16)
     write_every_format(folder)
     (folder / "rewards.py").write_text(REWARDS)
@@ -170,6 +174,8 @@ def run(folder: Path, tasks: Sequence[str], processes: int) -> None:
         what, *rest = task.split(": ")
         if not rest:
             train(config(folder, task, place(folder, task, processes)))
+        elif what == "measure":
+            measure(config(folder, rest[1], folder / "runs" / rest[0], max_steps=1, model=ModelConfig(path=str(folder / "deep"))))
         elif what == "copy":
             if current_index() == 0:
                 shutil.copytree(folder / "runs" / rest[0], folder / "runs" / rest[1])
@@ -205,6 +211,41 @@ def die(step: int, _: dict[str, float]) -> None:
 def fail(step: int, _: dict[str, float]) -> None:
     if step == 4 and current_index() == 1:
         raise ZeroDivisionError("of a test")
+
+
+def measure(made: RunConfig) -> None:
+    """A run that writes how many bytes of its own (no pages of files) its process had more at the peak before its first step."""
+    before, peak, done = private_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.003):
+            peak[0] = max(peak[0], private_bytes())
+
+    def first(run: Any) -> None:
+        done.set()
+        watcher.join()
+        (run.folder.path / f"grown-{current_index()}").write_text(str(peak[0] - before))
+        raise RankError("measured")
+
+    watcher = threading.Thread(target=watch)
+    with patched(first):
+        watcher.start()
+        with suppress(RankError):
+            train(made)
+
+
+@contextmanager
+def patched(step: Callable[[Any], None]) -> Iterator[None]:
+    before, fastalign.train.loop._Run._step = fastalign.train.loop._Run._step, step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        fastalign.train.loop._Run._step = before  # type: ignore[method-assign]
+
+
+def private_bytes() -> int:
+    resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_what_was_loaded() -> None:

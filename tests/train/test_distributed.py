@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from group import CASES, config, inputs, place, run
+from group import CASES, DEEP, config, inputs, place, run
 from safetensors.torch import load_file
 from tiny import tiny_model
 from torch import Tensor
@@ -27,7 +27,7 @@ from fastalign.objectives.dpo import DPOConfig
 from fastalign.objectives.grpo import GRPOConfig
 from fastalign.ranks import ParallelConfig, Ranks
 from fastalign.train.checkpoint import list_checkpoints, load_tensors
-from fastalign.train.distributed import _divide_layers
+from fastalign.train.distributed import _divide_layers, is_divided_first
 from fastalign.train.metrics import read_metrics
 from fastalign.train.step import deal, micro_batches
 from fastalign.types import Sample
@@ -80,7 +80,8 @@ def alone(folder: Path) -> Callable[[str], Path]:
 
 def torchrun(processes: int, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "200000"}  # what is freed is given back, so that memory can be measured
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, **options)
 
 
@@ -106,7 +107,7 @@ def two(folder: Path) -> Path:
         "copy: 2a-stopped: 2a-head",
         "resume: 2a-head: dpo, half / vocab",
     ]
-    group(folder, 2, [*TWO, *tasks])
+    group(folder, 2, [*TWO, "measure: deep: sft, fewer samples than ranks", *tasks])
     return folder
 
 
@@ -176,6 +177,40 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("case", ["sft", "sft / vocab", "dpo, half / full"])
+def test_the_processes_start_with_the_weights_of_the_files_bit_for_bit(two: Path, case: str) -> None:
+    if case == "dpo, half / full":
+        found, files = loaded(two / "runs" / "2a-whole", 2), load_file(two / "half" / "model.safetensors")
+    else:
+        found = loaded(place(two, case, 2), 2)
+        files = load_file(two / ("untied" if "vocab" in case else "model") / "model.safetensors")
+    names = [name for name in found if not name.endswith("/master")]
+    assert len(names) == len(files)
+    check_equal({name: found[name] for name in names}, files)
+
+
+def test_before_its_first_step_a_process_holds_its_share_of_the_layers_and_a_few_more(two: Path) -> None:
+    size = (two / "deep" / "model.safetensors").stat().st_size
+    bound = size / 2 + 4 * size / DEEP + (12 << 20)  # a layer read, a layer gathered, and the one before; what a run has besides
+    assert bound < 0.85 * size  # a whole one of its own would be seen
+    for index in range(2):
+        grown = int((two / "runs" / "deep" / f"grown-{index}").read_text())
+        assert 0.45 * size < grown < bound, (grown, size)
+
+
+def test_a_model_that_is_copied_is_whole_at_first(folder: Path, tmp_path: Path) -> None:
+    class Pair(Ranks):
+        size = 2
+
+    def first(case: str, **options: Any) -> bool:
+        return is_divided_first(config(folder, case, tmp_path / "run", **options), Pair())
+
+    assert first("sft") and first("dpo") and first("dpo, adapter") and first("rloo") and first("grpo", beta=0.0)
+    assert not first("dpo", reference="copy") and not first("dpo, ranks and a reference that follows") and not first("grpo")
+    assert not first("sft", parallel=ParallelConfig(shard="optimizer"))
+    assert not is_divided_first(config(folder, "sft", tmp_path / "run"), Ranks())
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

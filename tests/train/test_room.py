@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from fastalign.train.config import load, parse, resume_config
 from fastalign.train.metrics import read_metrics
 from fastalign.types import Sample
 
+fitted = partial(room.with_max_tokens, device=torch.device("cpu"))
+
 
 class Data:
     fingerprint = "data"
@@ -52,14 +55,14 @@ def test_it_is_the_largest_that_is_predicted_to_fit(share: bool, monkeypatch: py
     predicted = lambda tokens: room._footprint(config, model, room._most_scored(config, data.samples), tokens, Ranks()).peak  # noqa: E731
     free = predicted(10_000) / room.SHARE["cpu"]
     monkeypatch.setattr(room, "free_bytes", lambda device: int(free))
-    found = room.with_max_tokens(config, model, data, tmp_path, Ranks()).token_limit
+    found = fitted(config, model, data, tmp_path, Ranks()).token_limit
     assert 9_900 <= found <= 10_000 and found % room.STEP == 0
     assert predicted(found) <= room.SHARE["cpu"] * free < predicted(round(1.02 * found))
     monkeypatch.setattr(room, "free_bytes", lambda device: 1 << 50)
-    assert room.with_max_tokens(config, model, data, tmp_path, Ranks()).max_tokens == most
+    assert fitted(config, model, data, tmp_path, Ranks()).max_tokens == most
     monkeypatch.setattr(room, "free_bytes", lambda device: 1)
-    assert room.with_max_tokens(config, model, data, tmp_path, Ranks()).max_tokens == fewest
-    assert replace(config, max_tokens=77) == room.with_max_tokens(replace(config, max_tokens=77), model, data, tmp_path, Ranks())
+    assert fitted(config, model, data, tmp_path, Ranks()).max_tokens == fewest
+    assert replace(config, max_tokens=77) == fitted(replace(config, max_tokens=77), model, data, tmp_path, Ranks())
 
 
 def test_a_budget_beside_the_weights_bounds_a_number_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -68,12 +71,12 @@ def test_a_budget_beside_the_weights_bounds_a_number_too(monkeypatch: pytest.Mon
     growth = lambda tokens: room._footprint(config, model, room._most_scored(config, data.samples), tokens, Ranks()).growth  # noqa: E731
     budget = growth(2000)
     for asked, expected in ((4096, None), ("auto", None), (1500, 1500)):
-        found = room.with_max_tokens(replace(config, max_tokens=asked), model, data, tmp_path, Ranks(), budget=budget).token_limit
+        found = fitted(replace(config, max_tokens=asked), model, data, tmp_path, Ranks(), budget=budget).token_limit
         assert found == expected or (expected is None and 1900 <= found <= 2000 and growth(found) <= budget)
     monkeypatch.setattr(room, "free_bytes", lambda device: 2 * growth(1000))
-    assert room.with_max_tokens(replace(config, max_tokens="auto"), model, data, tmp_path, Ranks(), budget=budget).token_limit <= 1000
+    assert fitted(replace(config, max_tokens="auto"), model, data, tmp_path, Ranks(), budget=budget).token_limit <= 1000
     with pytest.raises(ConfigError, match="memory_budget bounds max_tokens: with kl_scope microbatch the result depends on it"):
-        room.with_max_tokens(KTOConfig(kl_scope="microbatch"), model, data, tmp_path, Ranks(), budget=budget)
+        fitted(KTOConfig(kl_scope="microbatch"), model, data, tmp_path, Ranks(), budget=budget)
 
 
 def test_a_step_and_its_longest_sample() -> None:
@@ -179,4 +182,4 @@ def test_a_run_settles_it_once_and_steps_as_with_the_number(
     assert resumed.max_tokens == settled
     again = replace(load(tmp_path / "auto" / "config.yaml", DPOConfig), resume=True, max_tokens="auto")
     model = load_model(tiny_model("qwen3"))
-    assert room.with_max_tokens(again, model, Data(pairs(3)), tmp_path / "auto", Ranks()).max_tokens == settled
+    assert fitted(again, model, Data(pairs(3)), tmp_path / "auto", Ranks()).max_tokens == settled
