@@ -67,6 +67,7 @@ async def measure(bare: Bare, url: str, counts: list[int], rate: float, seconds:
         while repeat < 3 or time.perf_counter() < ends:
             async with Judge(judging, answer, rate) as judge:
                 replies = await asyncio.gather(*(one.send(request) for one, request in zip(connections, requests)))
+            assert all(reply.content for reply in replies)
             alone = sorted(bare.seconds(prompts))
             if repeat >= 0:
                 rows += [_served(clients, repeat, *pair) for pair in zip(sorted(replies, key=lambda reply: reply.seconds), alone)]

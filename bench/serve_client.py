@@ -12,9 +12,17 @@ from typing import Any, NamedTuple
 class Reply(NamedTuple):
     """What came back, and after how many seconds the last byte of it."""
 
-    content: dict[str, Any]
+    status: int
+    body: bytes
     seconds: float
     timing: dict[str, float]  # of the header Server-Timing, in milliseconds
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The JSON object of a reply that is no stream. Raises RuntimeError for any status but 200."""
+        if self.status != 200:
+            raise RuntimeError(f"the service answered {self.status}: {self.body.decode()}")
+        return dict(json.loads(self.body))
 
 
 class Connection:
@@ -29,18 +37,23 @@ class Connection:
         return cls(*await asyncio.open_connection(host, int(port)))
 
     async def send(self, request: bytes) -> Reply:
-        """Raises RuntimeError for any status but 200."""
+        """Send a request and wait for the whole reply."""
         began = time.perf_counter()
         self.writer.write(request)
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        [length] = re.findall(r"(?im)^content-length: (\d+)", head)
-        body = await self.reader.readexactly(int(length))
+        length = re.findall(r"(?im)^content-length: (\d+)", head)
+        body = await (self.reader.readexactly(int(length[0])) if length else self._chunks())
         took = time.perf_counter() - began
-        if " 200 " not in head[:16]:
-            raise RuntimeError(f"the service answered {head.splitlines()[0]}: {body.decode()}")
         timing = re.findall(r"(?im)^server-timing: (.*)$", head)
         parts = {name: float(value) for name, value in re.findall(r"(\w+);dur=([\d.]+)", timing[0])} if timing else {}
-        return Reply(json.loads(body), took, parts)
+        return Reply(int(head.split(" ", 2)[1]), body, took, parts)
+
+    async def _chunks(self) -> bytes:
+        found = b""
+        while size := int(await self.reader.readline(), 16):
+            found += (await self.reader.readexactly(size + 2))[:-2]
+        await self.reader.readline()
+        return found
 
     def close(self) -> None:
         self.writer.close()
@@ -74,5 +87,6 @@ class Judge:
     async def _judge(self) -> None:
         while self._task is not None:
             reply = await self.connection.send(post("/v1/feedback", {"answer": self.answer, "rating": len(self.seconds)}))
+            assert reply.content["object"] == "feedback"
             self.seconds.append(reply.seconds)
             await asyncio.sleep(1 / self.rate)

@@ -68,11 +68,16 @@ class Admin:
 
     def _inside(self, folder: str) -> Path:
         root = self.config.version_folder
-        path = (root / folder).resolve()
-        if root != path and root not in path.parents:
+        try:
+            path = (root / folder).resolve()
+            inside = root == path or root in path.parents
+            model = inside and any((path / name).is_file() for name in ("adapter_config.json", "config.json"))
+        except (OSError, RuntimeError) as error:  # links that lead round (RuntimeError before Python 3.13), names that are too long
+            raise DataError(f"folder {folder!r:.200} cannot be looked at: {error!s:.200}") from error
+        if not inside:
             raise ApiError(
                 403, f"versions must lie under the folder --versions of the service, and {folder!r:.200} does not", param="folder"
             )
-        if not any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+        if not model:
             raise DataError(f"folder {folder!r:.200} holds neither an adapter nor a model")
         return path

@@ -29,6 +29,7 @@ from fastalign.serve.wire import ApiError, ChatRequest, parse_chat
 
 log = logging.getLogger("fastalign.serve")
 
+GATHER = 0.002  # seconds; a step of a small model on a CPU takes as long, and reading a prompt longer
 SHORT = 4000  # characters of a conversation whose tokens are found sooner than another thread would begin
 
 
@@ -42,6 +43,7 @@ class Chat:
             raise TemplateError(f"{config.model}: its tokenizer has no chat template, which turns a conversation into a prompt; add one")
         self.traits = TemplateTraits.of(self.tokenizer)
         self.post: _Post | None = None
+        self.arrived: list[tuple[Job, asyncio.Future[None]]] = []
 
     async def complete(self, request: Request, caller: Caller) -> Response:
         """Answer one request. Raises ApiError and what the queue and the store raise."""
@@ -56,7 +58,7 @@ class Chat:
             log.info("conversation: %s", json.dumps(chat.messages, ensure_ascii=False))
         mailbox = _Mailbox(self._post(), whole=not chat.stream)
         reply = _Reply(self, chat, Job(self.engine.rows(prompt, chat.n, sampling), mailbox.deliver), caller)
-        self.engine.submit(reply.job)
+        await self._submit(reply.job)
         if chat.stream:
             return _EventStream(reply.stream(mailbox, request), headers=HEADERS, media_type="text/event-stream")
         return await reply.whole(mailbox, request)
@@ -68,6 +70,23 @@ class Chat:
         except Exception as error:  # a template is a program, and may refuse by any exception
             raise ApiError(400, f"the model's chat template refuses this conversation: {error}", param="messages") from error
         return self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
+
+    async def _submit(self, job: Job) -> None:
+        """Submit it with all that arrives within `GATHER`: their prompts are read together, and no answer is held up for each of them."""
+        loop = asyncio.get_running_loop()
+        taken = loop.create_future()
+        if not self.arrived:
+            loop.call_later(GATHER, self._submit_all)
+        self.arrived.append((job, taken))
+        await taken
+
+    def _submit_all(self) -> None:
+        arrived, self.arrived = [(job, taken) for job, taken in self.arrived if not taken.cancelled()], []
+        for (_, taken), refused in zip(arrived, self.engine.submit(*(job for job, _ in arrived))):
+            if refused:
+                taken.set_exception(refused)
+            else:
+                taken.set_result(None)
 
     def _post(self) -> _Post:
         loop = asyncio.get_running_loop()

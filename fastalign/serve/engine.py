@@ -98,16 +98,21 @@ class Engine:
         """The rows of a job with `n` answers to one prompt."""
         return [Row(tuple(prompt), sampling, index, TextStream(self.models.tokenizer, sampling.stops)) for index in range(n)]
 
-    def submit(self, job: Job) -> None:
-        """Let a job wait for its turn. Raises QueueFullError."""
+    def submit(self, *jobs: Job) -> list[QueueFullError | None]:
+        """Let jobs wait for their turn, all before any of them begins; for each, why it cannot be taken, or None."""
         with self._changed:
-            if self._stopping:
-                raise QueueFullError("the service is shutting down; try again when it is back")
-            if len(self._jobs) >= self.max_waiting:
-                raise QueueFullError(f"{len(self._jobs)} requests wait already; try again later")
-            job.submitted = time.perf_counter()
-            self._jobs.append(job)
+            found = [self._enqueue(job) for job in jobs]
             self._changed.notify()
+        return found
+
+    def _enqueue(self, job: Job) -> QueueFullError | None:
+        if self._stopping:
+            return QueueFullError("the service is shutting down; try again when it is back")
+        if len(self._jobs) >= self.max_waiting:
+            return QueueFullError(f"{len(self._jobs)} requests wait already; try again later")
+        job.submitted = time.perf_counter()
+        self._jobs.append(job)
+        return None
 
     def swap(self, version: str, folder: str, commit: Callable[[], Any]) -> Any:
         """Answer with another version from now on, and return what `commit` returns.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -110,6 +111,16 @@ class Guard:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if not is_loopback(name.strip("[]")):
             raise ApiError(421, f"an open service answers to localhost only, not to {host!r:.80}; use tokens to serve other names")
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in self.config.cors and not _is_local(origin):
+            raise ApiError(403, f"an open service takes no requests from pages of {origin!r:.80}; --cors names those that may send them")
+
+
+def _is_local(origin: str) -> bool:
+    try:
+        return is_loopback(urlsplit(origin).hostname or "")
+    except ValueError:
+        return False
 
 
 class Endpoint:

@@ -18,10 +18,12 @@ import openai
 import pytest
 from service import HELLO, Running, config_for, save_models
 
+from fastalign.errors import ModelError
 from fastalign.rollout.generate import generate
 from fastalign.serve.chat import _Post
 from fastalign.serve.guard import Guard
 from fastalign.serve.records import Feedback
+from fastalign.serve.store import Store
 from fastalign.serve.wire import ApiError, read_object
 
 INJECTIONS = [
@@ -297,6 +299,94 @@ def test_feedback_that_cannot_be_kept(http: httpx.Client, body: dict, status: in
     assert reply.status_code == status and told in reply.json()["error"]["message"], reply.text
 
 
+def test_what_is_written_is_text_and_never_sql_or_a_path(http: httpx.Client, running: Running):
+    tables = "SELECT count(*) FROM sqlite_master"
+    before = running.store.database.read(lambda c: c.execute(tables).fetchone()[0])
+    texts = [text for text in INJECTIONS if len(text) < 129]
+    for text in texts:
+        answered = ask(http, user=text, messages=[{"role": "user", "content": text}])
+        assert answered.status_code == 200
+        one = answered.json()["id"]
+        for body in ({"edit": text}, {"thumb": "up", "reason": text}):
+            assert http.post("/v1/feedback", json={"answer": one, "user": text, **body}).status_code == 200
+        edit, thumb = running.store.history(one)
+        assert (edit.value, thumb.reason) == (text, text) and running.store.answer(one).messages[0]["content"] == text
+        assert http.post("/v1/feedback", json={"answer": one, "chosen_over": [text]}).status_code == 404
+        assert http.get(f"/v1/models/{quote(text, safe='')}").status_code == 404
+        assert http.post("/admin/rollback", json={"to": text[:64], "reason": text}).status_code == 409
+        assert http.post("/admin/versions/base/promote", json={"expected": text[:64]}).status_code == 200  # live already
+        assert http.post("/admin/versions", json={"name": text[:64], "folder": "one"}).status_code == 400
+        assert http.post("/admin/versions", json={"name": "v", "folder": text}).status_code in (400, 403)
+        assert http.post("/admin/versions", json={"name": "v", "folder": "one", "parent": text[:64]}).status_code == 404
+        assert http.post(f"/admin/versions/{quote(text, safe='')}/metrics", json={"metrics": {text: text}}).status_code in (404, 405)
+    assert running.store.database.read(lambda c: c.execute(tables).fetchone()[0]) == before
+    assert [version.name for version in running.store.versions()] == ["base"]
+
+
+def test_a_link_that_leads_out_of_the_folder_of_versions_is_refused(models: Path, tmp_path: Path):
+    (tmp_path / "versions").mkdir()
+    shutil.copytree(models / "one", tmp_path / "versions" / "one")
+    (tmp_path / "versions" / "out").symlink_to(models / "two")
+    (tmp_path / "versions" / "up").symlink_to("..")
+    (tmp_path / "versions" / "round").symlink_to("round")
+    (tmp_path / "versions" / "in").symlink_to("one")
+    config = config_for(models, tmp_path, open=True, versions=str(tmp_path / "versions"))
+    with Running(config) as running, httpx.Client(base_url=running.url, timeout=30) as http:
+        for folder, status in (
+            ("out", 403),
+            ("up", 403),
+            ("up/versions/one/../../..", 403),
+            ("round", 400),
+            ("x" * 300, 400),
+            ("x/" * 2000, 400),
+            ("one/../../versions/out", 403),
+        ):
+            assert http.post("/admin/versions", json={"name": "v", "folder": folder}).status_code == status, folder
+        added = http.post("/admin/versions", json={"name": "v", "folder": "in"})
+        assert added.status_code == 201 and added.json()["folder"] == str(tmp_path / "versions" / "one")  # where the link led then
+
+
+def test_a_full_database_refuses_answers_and_the_service_lives(models: Path, tmp_path: Path):
+    with Running(config_for(models, tmp_path, open=True)) as running, httpx.Client(base_url=running.url, timeout=30) as http:
+        first = ask(http).json()["id"]
+        running.store.database._writer.execute("PRAGMA max_page_count = 1")
+        long = [{"role": "user", "content": "word " * 90}]
+        replies = [ask(http, messages=long, max_tokens=1) for _ in range(20)]
+        assert {reply.status_code for reply in replies} <= {200, 503} and replies[-1].status_code == 503
+        assert replies[-1].json()["error"]["code"] == "store_unavailable" and replies[-1].headers["retry-after"]
+        stream = ask(http, messages=long, max_tokens=1, stream=True)
+        assert "store_unavailable" in stream.text and "[DONE]" not in stream.text
+        assert http.get("/healthz").status_code == 200 and http.get("/admin/versions").status_code == 200  # reading goes on
+        assert http.post("/admin/versions", json={"name": "one", "folder": "one", "metrics": {"note": "x" * 9000}}).status_code == 503
+        running.store.database._writer.execute("PRAGMA max_page_count = 1000000")
+        assert ask(http, messages=long, max_tokens=1).status_code == 200
+        kept = [answer.id for answer in running.store.answers()]
+        assert kept[0] == first and len(kept) == 2 + sum(reply.status_code == 200 for reply in replies)
+
+
+def test_a_version_whose_folder_is_gone_is_not_gone_back_to(models: Path, tmp_path: Path):
+    gone = shutil.copytree(models / "two", tmp_path / "gone")
+    config = config_for(models, tmp_path, open=True)
+    with Running(config) as running, httpx.Client(base_url=running.url, timeout=30) as http:
+        for name, folder in (("gone", gone), ("one", models / "one")):
+            running.store.add_version(name, folder)
+            assert http.post(f"/admin/versions/{name}/promote").status_code == 200
+        said = ask(http, temperature=0).json()["choices"][0]["message"]
+        shutil.rmtree(gone)
+        refused = http.post("/admin/rollback", json={"to": "gone"})
+        assert refused.status_code == 409 and "the folder is gone" in refused.json()["error"]["message"]
+        assert running.store.live_version().name == "one" and running.store.version("gone").state == "retired"
+        again = ask(http, temperature=0).json()
+        assert (again["system_fingerprint"], again["choices"][0]["message"]) == ("one", said)
+        running.store.roll_back("gone")
+    with pytest.raises(ModelError, match=r"'gone' is live in .* but cannot be loaded: .*the folder is gone.*fastalign serve rollback"):
+        Running(config)
+    with Store(config.data) as store:  # as that command does
+        assert store.roll_back().name == "base"
+    with Running(config) as running, httpx.Client(base_url=running.url, timeout=30) as http:
+        assert ask(http).json()["system_fingerprint"] == "base"
+
+
 def test_answers_to_different_conversations_cannot_be_compared(http: httpx.Client):
     one, two = (ask(http, messages=[{"role": "user", "content": text}]).json()["id"] for text in ("a", "b"))
     reply = http.post("/v1/feedback", json={"answer": one, "chosen_over": [two]})
@@ -367,6 +457,11 @@ def test_a_foreign_origin_is_only_let_in_where_it_is_named(models: Path, tmp_pat
             assert http.get("/v1/models", headers={"origin": origin}).headers.get("access-control-allow-origin") == allowed
         # An open service needs no token, and so neither answers pages elsewhere nor names that point here.
         assert http.get("/admin/versions").status_code == 200 and http.get("/healthz").json()["open"] is True
+        for origin in ("https://evil.example", "null", "http://localhost.evil.example", "http://[", ""):
+            sent = http.post("/admin/versions/base/promote", headers={"origin": origin})  # what a page may send without asking before
+            assert sent.status_code == 403 and "--cors" in sent.json()["error"]["message"], origin
+        for origin in ("https://chat.example", "http://localhost:3000", running.url):
+            assert http.post("/admin/versions/base/promote", headers={"origin": origin}).status_code == 200, origin
         for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
             assert http.get("/v1/models", headers={"host": host}).status_code in (400, 421), host
         for host in ("localhost", "127.0.0.1:99", "[::1]:80"):

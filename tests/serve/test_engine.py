@@ -43,7 +43,9 @@ def engine(models: Models):
 def ask(engine: Engine, prompt, sampling, n=1) -> tuple[Job, queue.Queue]:
     heard: queue.Queue = queue.Queue()
     job = Job(engine.rows(prompt, n, sampling), heard.put)
-    engine.submit(job)
+    [refused] = engine.submit(job)
+    if refused:
+        raise refused
     return job, heard
 
 

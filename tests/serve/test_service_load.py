@@ -19,6 +19,7 @@ import pytest
 from service import Running, bare_answer, config_for, save_models
 from transformers import AutoTokenizer
 
+from bench.serve_client import Connection, post
 from fastalign.serve.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -47,47 +48,47 @@ def expected_answers(models: Path, tokenizer) -> dict[tuple[str, str], str]:
 
 
 async def clients_and_swaps(
-    url: str, store: Store, expected: dict, *, clients: int, rounds: int, seconds: float, swaps: int
+    url: str, store: Store, expected: dict, *, clients: int, rounds: int, seconds: float, swaps: int, pause: float = 0.0
 ) -> dict[str, float]:
-    """So many clients at once ask and judge, `rounds` times and for `seconds` at least, while versions change; what was acknowledged."""
+    """So many clients at once ask and judge, `rounds` times and for `seconds` at least, while versions change; what was acknowledged.
+
+    pause    seconds that each client waits on average, after all have begun at once
+    """
     outside: list[float] = []  # milliseconds of requests, without queue and generation
     acknowledged: dict[str, tuple[int, float]] = {}
     versions: set[str] = set()
     answered = 0
     deadline, busy = time.monotonic() + seconds, True
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
 
         async def one(number: int) -> None:
             nonlocal answered
-            done = 0
+            done, connection = 0, await Connection.to(url)  # of httpx, so many connections take more time than the service
             while done < rounds or time.monotonic() < deadline:
                 messages = PROMPTS[(number + done) % len(PROMPTS)]
                 body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": TOKENS, "stream": (number + done) % 2 == 0}
-                began = time.perf_counter()
-                reply = await http.post("/v1/chat/completions", json=body)
-                took = (time.perf_counter() - began) * 1000
-                assert reply.status_code == 200, reply.text
+                reply = await connection.send(post("/v1/chat/completions", body))
+                assert reply.status == 200, reply.body
                 if body["stream"]:
-                    lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+                    lines = [line.removeprefix("data: ") for line in reply.body.decode().split("\n\n") if line]
                     assert lines[-1] == "[DONE]"
                     chunks = [json.loads(line) for line in lines[:-1]]
                     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
                     [version] = {chunk["system_fingerprint"] for chunk in chunks}
                     answer = chunks[0]["id"]
                 else:
-                    content = reply.json()
+                    content = reply.content
                     text, version, answer = content["choices"][0]["message"]["content"], content["system_fingerprint"], content["id"]
-                    parts = dict(re.findall(r"(\w+);dur=([\d.]+)", reply.headers["server-timing"]))
-                    outside.append(took - float(parts["queue"]) - float(parts["generate"]))
+                    outside.append(reply.seconds * 1000 - reply.timing["queue"] - reply.timing["generate"])
                 assert text == expected[version, messages[0]["content"]], f"not what version {version} says"
                 versions.add(version)
                 rating = number + done / 1000
-                kept = await http.post("/v1/feedback", json={"answer": answer, "rating": rating, "user": str(number)})
-                assert kept.status_code == 200, kept.text
-                acknowledged[answer] = (kept.json()["id"], rating)
+                kept = await connection.send(post("/v1/feedback", {"answer": answer, "rating": rating, "user": str(number)}))
+                acknowledged[answer] = (kept.content["id"], rating)
                 answered += 1
                 done += 1
+                await asyncio.sleep(pause * 2 * random.random())
+            connection.close()
 
         async def swap() -> int:
             done = 0
@@ -124,7 +125,10 @@ def test_two_hundred_clients_while_versions_change(models: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_hundred_clients_for_five_minutes(models: Path, tmp_path: Path):
-    """The command itself, in a process of its own; -s shows how many milliseconds a request takes beside queue and generation."""
+    """The command itself, in a process of its own, and people who think for 2 s before they ask again.
+
+    -s shows how many milliseconds a request takes beside queue and generation.
+    """
     data = tmp_path / "feedback.db"
     expected = expected_answers(models, AutoTokenizer.from_pretrained(models / "base"))
     process, url = start(models, data, "--max_rows", "64", "--max_waiting", "400")
@@ -132,7 +136,7 @@ def test_two_hundred_clients_for_five_minutes(models: Path, tmp_path: Path):
         with Store(data) as store:
             for name in ("one", "two"):
                 store.add_version(name, models / name)
-            done = asyncio.run(clients_and_swaps(url, store, expected, clients=200, rounds=1, seconds=300, swaps=50))
+            done = asyncio.run(clients_and_swaps(url, store, expected, clients=200, rounds=1, seconds=300, swaps=50, pause=2.0))
     finally:
         process.terminate()
         process.wait(60)
