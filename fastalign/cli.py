@@ -204,7 +204,7 @@ class PlanConfig:
 
     objective: str = "dpo"  # what is to be trained: sft, reward, dpo, orpo, cpo, simpo, kto, grpo or rloo
     scored: float = 1.0  # share of the tokens that are scored: completions, not prompts
-    tflops: float | None = None  # TFLOP/s that the device reaches, to tell seconds (a run with --profile 2 says)
+    tflops: float | None = None  # TFLOP/s that the device reaches, in place of measuring the one at hand (a run with --profile 2 says)
 
 
 def _plan(argv: list[str]) -> int:
@@ -238,7 +238,7 @@ def _plan(argv: list[str]) -> int:
 
     planning = import_module("fastalign.train.plan")
     _no_foreign_bars()
-    planning.show(config, planning.plan(config, scored=options.scored), Console(), tflops=options.tflops)
+    planning.show(config, planning.plan(config, scored=options.scored, timed=options.tflops is None), Console(), tflops=options.tflops)
     return 0
 
 
