@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ import torch.distributed as dist
 from fastalign.errors import ConfigError, FastalignError, RankError
 
 Value = TypeVar("Value")
+
+GRACE = 30.0  # seconds to end in, once what started a process is gone; as torchrun gives when it is asked to end
 
 _FAILURE = "fastalign/failure"  # the key in the store under which the first rank to fail says why
 
@@ -186,12 +191,14 @@ _current = Ranks()
 def joined(device: str = "auto") -> Iterator[Ranks]:
     """Join the other processes for a run on `device`, where torchrun started several: nccl between CUDA devices, else gloo.
 
-    Each takes the CUDA device of its local rank. Raises ConfigError when a host has fewer devices than processes.
+    Each takes the CUDA device of its local rank, and ends when torchrun is gone (`end_with_parent`). Raises ConfigError when a host has
+    fewer devices than processes.
     """
     global _current
     if _current.size > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
         yield _current
         return
+    end_with_parent()
     own = dist.is_initialized()
     if not own:
         local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available() and device in ("auto", "cuda")
@@ -217,6 +224,27 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
             dist.destroy_process_group()
     finally:
         _current = before
+
+
+def end_with_parent(grace: float = GRACE) -> None:
+    """End this process when the one that started it has ended, even by a SIGKILL: nobody would know of it any more, or end it.
+
+    It gets a SIGTERM, and where it has not ended by that within `grace` seconds, such as in a collective that never returns, a SIGKILL.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(min(1.0, grace))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not any(thread.name == _WATCHER for thread in threading.enumerate()):
+        threading.Thread(target=watch, name=_WATCHER, daemon=True).start()
+
+
+_WATCHER = "fastalign: ends with its parent"
 
 
 def _nothing() -> None:

@@ -277,7 +277,7 @@ class RunConfig:
                 raise ConfigError(f"parallel.head vocab: {self.name} needs more of a head than log-probs; set --parallel.head whole")
             if getattr(self, "reference", None) == "stream":
                 raise ConfigError("parallel.head vocab: a reference that is streamed keeps its head whole; set --reference copy")
-        alone = {"optimizer": "adamw", "update_in_backward": False, "stochastic_rounding": False}
+        alone = {"optimizer": "adamw", "update_in_backward": False}
         for option, value in alone.items() if processes > 1 else ():
             if getattr(self, option) != value:
                 raise ConfigError(

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastalign.errors import ConfigError, ModelError
-from fastalign.models.divided_head import DividedHead, divide_head, divided_head
+from fastalign.models.divided_head import DividedHead, divide_head, divided_head, whole_shape
 from fastalign.models.trunk import causal_lm, decoder
 from fastalign.objectives.base import Copying, Objective, RunConfig
 from fastalign.ranks import Ranks
@@ -126,6 +126,13 @@ class _Rows(Division):
         if isinstance(tensor, DTensor):
             return tensor.to_local()
         return tensor if of is not None and divided_head(of) is not None else _part(tensor, self.index, self.size)
+
+    def place(self, weight: nn.Parameter) -> tuple[int, int]:
+        shape = whole_shape(weight)
+        if not shape:
+            return 0, 1
+        rows = min(self.index * -(-shape[0] // self.size), shape[0])
+        return rows * math.prod(shape[1:]), math.prod(shape)
 
     def parameter(self, weight: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(self.rows(weight.detach(), weight))

@@ -57,6 +57,10 @@ class Division:
         """The part of `tensor`, of the shape of a weight (that of the weight `of`, as it is here), that this process updates."""
         return tensor
 
+    def place(self, weight: nn.Parameter) -> tuple[int, int]:
+        """The first element of `weight` that this process updates, and how many it has over all processes."""
+        return 0, weight.numel()
+
     def parameter(self, weight: nn.Parameter) -> nn.Parameter:
         """What is updated of a weight that has no float32 copy; its storage is the weight's."""
         return weight
@@ -245,9 +249,10 @@ class Optimizer:
             decay = 0.0 if _NO_DECAY.search(name.lower()) else config.weight_decay
             factor = getattr(self.named[name], "rate_factor", 1.0)
             key = (name,) if self.in_backward else (decay, factor)
-            group = groups.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "factor": factor})
+            group = groups.setdefault(key, {"params": [], "names": [], "places": [], "weight_decay": decay, "factor": factor})
             group["params"].append(p)
             group["names"].append(name)
+            group["places"].append(self.division.place(self.named[name]))
         found: list[torch.optim.Optimizer] = []
         for parts in [[group] for group in groups.values()] if self.in_backward else [list(groups.values())]:
             if config.optimizer == "adamw_8bit" or config.stochastic_rounding:

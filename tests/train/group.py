@@ -1,8 +1,8 @@
 """Runs of a group of processes: `python -m torch.distributed.run --nproc_per_node N tests/train/group.py FOLDER TASK...`
 
 FOLDER is what `inputs` made. A task is a case, whose run goes to FOLDER/<processes>/<case>, or one of "whole: NAME: CASE", "stop: NAME:
-CASE", "resume: NAME: CASE" and "copy: NAME: OTHER", for runs of five steps at FOLDER/runs/NAME, or "measure: NAME: CASE". The process
-of a test imports this file for the same runs by itself.
+CASE", "resume: NAME: CASE" and "copy: NAME: OTHER", for runs of five steps at FOLDER/runs/NAME, "measure: NAME: CASE" or "long: NAME:
+CASE". The process of a test imports this file for the same runs by itself.
 """
 
 from __future__ import annotations
@@ -114,6 +114,15 @@ CASES: dict[str, Make] = {
         DPOConfig,
         {"data": DataConfig(path=str(f / "pairs.jsonl")), "model": ModelConfig(path=str(f / "half")), "learning_rate": 1e-2},
     ),
+    "sft, rounded": lambda f: (
+        SFTConfig,
+        {
+            "data": SupervisedDataConfig(path=str(f / "completions.jsonl")),
+            "model": ModelConfig(path=str(f / "half")),
+            "master_weights": False,
+            "stochastic_rounding": True,
+        },
+    ),
     "orpo": lambda f: (ORPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
     "cpo": lambda f: (CPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
     "simpo": lambda f: (SimPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
@@ -176,6 +185,8 @@ def run(folder: Path, tasks: Sequence[str], processes: int) -> None:
             train(config(folder, task, place(folder, task, processes)))
         elif what == "measure":
             measure(config(folder, rest[1], folder / "runs" / rest[0], max_steps=1, model=ModelConfig(path=str(folder / "deep"))))
+        elif what == "long":
+            train(config(folder, rest[1], folder / "runs" / rest[0], max_steps=100000, save_every=0))
         elif what == "copy":
             if current_index() == 0:
                 shutil.copytree(folder / "runs" / rest[0], folder / "runs" / rest[1])
