@@ -69,7 +69,7 @@ class SharedModel(SharedHost):
 
     def _settle(self) -> None:
         """A device works off what is queued for it, and a turn ends when it has: requests wait for one micro-batch, not for several."""
-        if self.weights.device == "cuda":
+        if self.weights.device.type == "cuda":
             torch.cuda.synchronize()
 
 
