@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastalign.models.config import LoraConfig, ModelConfig
@@ -39,9 +40,9 @@ class SharedWeights:
         return str(self._bare.dtype).removeprefix("torch.")
 
     @property
-    def device(self) -> str:
-        """Where they are: the type of the device."""
-        return self._bare.device.type
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._bare.device
 
     def model(self, options: ModelConfig | None = None, lora: LoraConfig | None = None) -> Any:
         """What `load_model(options, lora=lora)` gives, with these weights in place of those that it would read.

@@ -82,9 +82,7 @@ class Models:
         """Make a version ready: `model` is what `read` returned. What answers now stays. Raises ModelError."""
         adapter = None
         if model is None and (Path(folder) / "adapter_config.json").is_file():
-            device = next(self.base.parameters()).device
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # PEFT draws weights before it reads them
-                adapter = self._load_adapter(folder)
+            adapter = self._load_adapter(folder)
         installed = Installed(version, adapter, model)
         try:
             self._probe(installed, folder)

@@ -30,25 +30,46 @@ class SharedModel(SharedHost):
         if memory_budget is not None and not memory_budget > 0:
             raise ConfigError(f"memory_budget must be a positive number of GiB, or null, got {memory_budget}")
         self.turns = models.turns
+        self._random: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # the generators, as training left them
         self.memory_budget = None if memory_budget is None else memory_budget * 2**30
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        with self.turns.training():
+        if self.turns.trains:
             yield
-            self._settle()
+            return
+        with self.turns.training():
+            self._draw_on()
+            try:
+                yield
+            finally:
+                self._leave()
 
     def pause(self) -> None:
         self._settle()
-        self.turns.pause()
+        if self.turns.asked:
+            self._leave()
+            self.turns.pause()
+            self._draw_on()
 
     def stop(self, reason: str) -> None:
         """End the run in progress after its step, with a checkpoint to continue from; called by any thread."""
         self.stopping = reason
 
+    def _leave(self) -> None:
+        self._settle()
+        self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def _draw_on(self) -> None:
+        """Go on with training's own random numbers, whoever has drawn others since: PEFT does when it loads an adapter."""
+        if self._random is not None:
+            torch.set_rng_state(self._random[0])
+            if self._random[1]:
+                torch.cuda.set_rng_state_all(self._random[1])
+
     def _settle(self) -> None:
         """A device works off what is queued for it, and a turn ends when it has: requests wait for one micro-batch, not for several."""
-        if self.weights.device == "cuda":
+        if self.weights.device.type == "cuda":
             torch.cuda.synchronize()
 
 

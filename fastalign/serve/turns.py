@@ -42,7 +42,7 @@ class Turns:
     def serving(self, more: Callable[[], bool] = bool) -> Iterator[None]:
         """A turn of the service. `more` says at its end whether the next one follows at once."""
         with self._changed:
-            assert self._trainer != threading.get_ident(), "a thread that trains would wait for itself"
+            assert not self.trains, "a thread that trains would wait for itself"
             self._asking += 1
             try:
                 self._changed.wait_for(self._may_serve)
@@ -64,7 +64,7 @@ class Turns:
 
         The thread must not wait for the service inside: no `Engine.swap`.
         """
-        if self._trainer == threading.get_ident():
+        if self.trains:
             yield
             return
         self._begin()
@@ -73,9 +73,19 @@ class Turns:
         finally:
             self._end()
 
+    @property
+    def trains(self) -> bool:
+        """Whether the calling thread is inside of `training`."""
+        return self._trainer == threading.get_ident()
+
+    @property
+    def asked(self) -> bool:
+        """Whether the service waits for the turn of the calling thread to end."""
+        return self.trains and self._asking > 0
+
     def pause(self) -> None:
         """Inside of `training`: let the service go first if it waits. Elsewhere nothing happens."""
-        if self._asking and self._trainer == threading.get_ident():
+        if self.asked:
             self._end()
             self._begin()
 

@@ -64,11 +64,12 @@ class SharedHost(Host):
             raise ConfigError(f"model.path {config.model.path}: that is on {options.path}, and in memory is {given.path}; give this one")
         if lora is None or not lora.enabled:
             raise ConfigError("lora.r 0 would train the weights that others use; set --lora.r 16 to train an adapter on them")
-        present = {"dtype": self.weights.dtype, "device": self.weights.device, "quantization": given.quantization or "none"}
+        device = self.weights.device
+        present = {"dtype": (self.weights.dtype,), "device": (str(device), device.type), "quantization": (given.quantization,)}
         for option, here in present.items():
-            wanted = str(getattr(options, option) or "none")
-            if wanted not in ("auto", here) and not (option == "device" and wanted.startswith(f"{here}:")):
-                raise ConfigError(f"model.{option} {wanted}, but the model in memory has {here}; set --model.{option} {here}")
+            if (wanted := getattr(options, option)) not in ("auto", *here):
+                word = here[0] or "null"
+                raise ConfigError(f"model.{option} {wanted or 'null'}, but the model in memory has {word}; set --model.{option} {word}")
         if options.liger_kernels:
             raise ConfigError("model.liger_kernels changes functions that every model of the process calls; leave it out")
         if getattr(config, "engine", "") == "vllm":

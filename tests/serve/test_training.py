@@ -119,6 +119,7 @@ def test_a_service_that_is_asked_all_the_time_learns_what_a_run_alone_learns(
 
     def step(number: int, _: dict[str, float]) -> None:
         steps.append((number, len(client.heard)))
+        torch.rand(number)  # as anybody may between two turns
         if number in (3, 7):
             name = "one" if number == 3 else "two"
             engine.swap(name, str(folder / name), lambda: None)
@@ -145,9 +146,6 @@ def test_the_service_is_the_same_before_and_after(engine: Engine, folder: Path, 
             flags = [(name, id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()]
             return [list(model.state_dict()), list(model.peft_config), hooks, flags, model.config._attn_implementation]
 
-    random = torch.get_rng_state()
-    engine.swap("one again", str(folder / "one"), lambda: None)
-    assert torch.equal(torch.get_rng_state(), random)
     before = all_of_it()
     train(config(folder, tmp_path / "run", lora=LoraConfig(adapter=str(folder / "two")), max_steps=2), on=SharedModel(models))
     assert all_of_it() == before

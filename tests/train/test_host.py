@@ -91,7 +91,10 @@ CASES: dict[str, tuple[type[RunConfig], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("dpo-embedding-in-full", "dpo-head-dropout-bf16")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES])
 def test_a_run_on_a_model_in_memory_is_the_run_that_loads_it(case: str, inputs: Path, tmp_path: Path) -> None:
     kind, changed = CASES[case]
     options = {name: value for name, value in changed.items() if name != "model"}
@@ -183,7 +186,7 @@ REFUSED = [
     (SFTConfig, {"lora": LoraConfig()}, "lora.r 0 would train the weights that others use; set --lora.r 16"),
     (PPOConfig, ONLINE, "ppo trains another model than a language model with an adapter"),
     (DPOConfig, {"model": {"dtype": "bfloat16"}}, "model.dtype bfloat16, but the model in memory has float32; set --model.dtype float32"),
-    (DPOConfig, {"model": {"quantization": "nf4"}}, "model.quantization nf4, but the model in memory has none"),
+    (DPOConfig, {"model": {"quantization": "nf4"}}, "model.quantization nf4, but the model in memory has null"),
     (DPOConfig, {"model": {"device": "cuda"}}, "model.device cuda, but the model in memory has cpu"),
     (DPOConfig, {"model": {"path": "gemma3"}}, "in memory is .*qwen3; give this one"),
     (DPOConfig, {"model": {"liger_kernels": True}}, "model.liger_kernels changes functions"),
