@@ -27,7 +27,7 @@ function curve(versions) {
   const points = versions.filter(({ metrics }) => [metrics.win_rate, metrics.win_rate_first].some((rate) => typeof rate === "number"));
   if (!points.length) return make("p", { className: "soft", textContent: "No version has a win rate yet." });
   const { svg, box } = plot(`Win rates: ${points.map((one) => `${one.name} ${percent(one.metrics.win_rate)}`).join(", ")}`);
-  const x = (i) => (points.length === 1 ? (box.left + box.right) / 2 : box.left + 20 + (i * (box.right - box.left - 40)) / (points.length - 1));
+  const x = (i) => (points.length === 1 ? (box.left + box.right) / 2 : box.left + 36 + (i * (box.right - box.left - 72)) / (points.length - 1));
   const y = (rate) => box.bottom - rate * (box.bottom - box.top);
   for (const rate of [0, 0.5, 1]) {
     svg.append(draw("line", { x1: box.left, x2: box.right, y1: y(rate), y2: y(rate), class: rate === 0.5 ? "even" : "axis" }));
@@ -50,8 +50,8 @@ function curve(versions) {
     dot.append(draw("title", {}, `${one.name}: ${percent(one.metrics.win_rate)} (${one.state})`));
     svg.append(dot);
   });
-  const note = "Share of comparisons won against the version it came from; above the dashed line it is better. Bars: 95 % intervals.";
-  return make("div", {}, svg, make("p", { className: "note", textContent: against ? `${note} Dashed line: against the first version.` : note }));
+  const note = "Share of comparisons won against the version it came from; above 50 % it is better. Bars: 95 % intervals.";
+  return make("div", {}, svg, make("p", { className: "note", textContent: against ? `${note} Green: against the first version.` : note }));
 }
 
 function days(counts) {
