@@ -34,7 +34,8 @@ def with_max_tokens(config: Config, model: Any, data: Dataset, folder: Path, ran
 
     It is the largest number, a multiple of 64, with which the prediction stays within a share of the free memory (nine tenths of a CUDA
     device's, half of a host's), at most the tokens of the longest step, and no less than the longest sample. Several processes take
-    the smallest of theirs. Raises ConfigError for a model whose memory cannot be predicted.
+    the smallest of theirs, each predicted as if it held all that they divide. Raises ConfigError for a model whose memory cannot be
+    predicted.
     """
     if config.max_tokens != "auto":
         return config
@@ -48,7 +49,7 @@ def with_max_tokens(config: Config, model: Any, data: Dataset, folder: Path, ran
     found: dict[int, int] = {}
 
     def needed(tokens: int) -> int:
-        predicted = _footprint(config, model, samples, tokens, ranks)
+        predicted = _footprint(config, model, samples, tokens)
         found[tokens] = predicted.growth if device.type == "cuda" else predicted.peak  # a host reads weights when they are used
         return found[tokens]
 
@@ -153,7 +154,7 @@ def _most_scored(config: RunConfig, samples: Iterable[Sample]) -> list[Sample]:
     return sorted(trained, key=lambda each: -each.num_targets / max(1, packed_tokens(each, share=config.share_prompts)))
 
 
-def _footprint(config: RunConfig, model: Any, samples: Sequence[Sample], tokens: int, ranks: Ranks) -> Footprint:
+def _footprint(config: RunConfig, model: Any, samples: Sequence[Sample], tokens: int) -> Footprint:
     """Of steps with micro-batches of so many tokens."""
     batch, rows = filled(samples, tokens, share=config.share_prompts, most=PIECES)
     device = next(model.parameters()).device
