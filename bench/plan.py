@@ -1,10 +1,13 @@
-"""Predicted against measured memory of training on a CPU: `python -m bench plan` writes bench/results/plan_cpu.{csv,md}.
+"""Predicted against measured memory and time of training on a CPU: `python -m bench plan` writes bench/results/plan_cpu.{csv,md}.
 
 Each configuration trains for a few steps in a fresh process. Measured is the growth of peak resident memory from the moment when
 the weights are in memory to the end of the last step, after the training of a toy model has paged in the libraries; predicted is
 `fastalign.train.footprint` without the weights, from the largest micro-batch of these steps. So that resident memory means what is
 allocated, the process runs with one arena and gives every freed block of 64 KiB or more back at once (MALLOC_ARENA_MAX,
 MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_).
+
+Seconds of a step are predicted by `fastalign.train.speed` from rates that are measured in the same process, before training; measured is
+the last step, which includes nothing but the step.
 """
 
 from __future__ import annotations
@@ -61,6 +64,9 @@ class Row:
     predicted_mib: float
     measured_mib: float
     error_percent: float
+    predicted_seconds: float
+    measured_seconds: float
+    seconds_error_percent: float
 
 
 def main(argv: list[str]) -> int:
@@ -75,9 +81,10 @@ def main(argv: list[str]) -> int:
         model = write_model(Path(scratch) / "model", shape)
         data = write_pairs(Path(scratch) / "data.jsonl", STEPS * BATCH, shape)
         for name in options.only:
-            predicted, measured = run(Path(scratch), model, data, CONFIGS[name])
+            found = run(Path(scratch), model, data, CONFIGS[name])
             given = " ".join(f"--{key} {value}" for key, value in CONFIGS[name].items())
-            rows.append(Row(name, given, round(predicted, 1), round(measured, 1), round(100 * (predicted / measured - 1), 1)))
+            memory, time = found[:2], found[2:]
+            rows.append(Row(name, given, *(round(x, 1) for x in memory), _error(*memory), *(round(x, 4) for x in time), _error(*time)))
             print(json.dumps(asdict(rows[-1])), flush=True)
             write(options.output, rows, shape, " ".join(["python -m bench plan", *argv]))
     print((options.output / "plan_cpu.md").read_text(encoding="utf-8"))
@@ -94,8 +101,12 @@ def write(folder: Path, rows: list[Row], shape: Shape, command: str) -> None:
     (folder / "plan_cpu.md").write_text(page(rows, shape, command), encoding="utf-8")
 
 
-def run(folder: Path, model: Path, data: Path, options: dict[str, Any]) -> tuple[float, float]:
-    """Predicted and measured growth in MiB, of a run in a fresh process."""
+def _error(predicted: float, measured: float) -> float:
+    return round(100 * (predicted / measured - 1), 1)
+
+
+def run(folder: Path, model: Path, data: Path, options: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Predicted and measured growth in MiB, and predicted and measured seconds of a step, of a run in a fresh process."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         spec = {"model": str(model), "data": str(data), "output": f"{place}/run", "options": options}
         environment = os.environ | ALLOCATOR | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{place}/cache"}
@@ -103,24 +114,27 @@ def run(folder: Path, model: Path, data: Path, options: dict[str, Any]) -> tuple
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"bench plan: {options} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        predicted, measured = json.loads(done.stdout.splitlines()[-1])
-        return predicted, measured
+        return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
-def child(spec: dict[str, Any]) -> tuple[float, float]:
+def child(spec: dict[str, Any]) -> tuple[float, float, float, float]:
     """Train here, and say what was predicted and what was measured."""
     import torch
 
     import fastalign
     from fastalign.objectives.dpo import DPOConfig
+    from fastalign.packing import collate
     from fastalign.train.config import parse
+    from fastalign.train.flops import model_flops
     from fastalign.train.footprint import footprint_of_steps
-    from fastalign.train.step import Order
+    from fastalign.train.plan import forwards_reference
+    from fastalign.train.speed import measure, seconds
+    from fastalign.train.step import Order, micro_batches
 
     toy = Path(spec["output"]).parent / "toy"
     _train_toy(toy, spec["options"])
     meter = Meter(torch.device("cpu"))
-    before, peaks, predicted = [0.0], [0.0], [0.0]
+    before, peaks, predicted, expected, took = [0.0], [0.0], [0.0], [0.0], [0.0]
 
     class WeighedConfig(DPOConfig):
         def load_model(self, tokenizer: Any) -> Any:
@@ -141,9 +155,28 @@ def child(spec: dict[str, Any]) -> tuple[float, float]:
             for weight in model.parameters():
                 there += 4 * weight.numel() if hasattr(weight, "main_grad") else 0
             predicted[0] = (found.growth - there) / MIB
+            expected[0] = step_seconds(self, model, found.work, steps)
             meter.release()
             before[0] = peak_now()
             return super().objective(model, data, folder)
+
+    def step_seconds(config: Any, model: Any, work: Any, steps: list[Any]) -> float:
+        """Of the last step, by the work of the largest micro-batch."""
+        batches = [
+            [collate(b, share=config.share_prompts) for b in micro_batches(s, config.token_limit, share=config.share_prompts)]
+            for s in steps
+        ]
+        tokens = sum(len(batch.input_ids) for batch in batches[-1])
+        largest = max((batch for step in batches for batch in step), key=lambda batch: len(batch.input_ids))
+        lengths = [stop - start for start, stop in zip(largest.bounds, largest.bounds[1:])]
+        size, rows = len(largest.input_ids), len(largest.live)
+        forward = model_flops(model, size, lengths, rows, backward=False).total * forwards_reference(config)
+        rates = measure(model, torch.device("cpu"), tokens=size, length=max(lengths))
+        step = seconds(work, model_flops(model, size, lengths, rows).attention, rates, reference=forward)
+        return step.micro_batch * tokens / size + step.update
+
+    def after(_: int, metrics: dict[str, float]) -> None:
+        peaks[0], took[0] = peak_rss_mib(), metrics["perf/step_seconds"]
 
     def peak_now() -> float:
         reset_peak_rss()
@@ -152,8 +185,8 @@ def child(spec: dict[str, Any]) -> tuple[float, float]:
     argv = _flags(spec["options"])
     argv += [f"--model.path={spec['model']}", f"--data.path={spec['data']}", f"--output={spec['output']}", f"--batch_size={BATCH}"]
     config = parse([*argv, f"--max_steps={STEPS}", "--save_every=0"], WeighedConfig)
-    fastalign.train(config, callbacks=[lambda step, _: peaks.__setitem__(0, peak_rss_mib())])
-    return predicted[0], peaks[0] - before[0]
+    fastalign.train(config, callbacks=[after])
+    return predicted[0], peaks[0] - before[0], expected[0], took[0]
 
 
 def _train_toy(folder: Path, options: dict[str, Any]) -> None:
@@ -176,7 +209,7 @@ def page(rows: list[Row], shape: Shape, command: str) -> str:
     about = describe(["torch", "transformers", "peft"])
     errors = sorted(abs(row.error_percent) for row in rows)
     lines = [
-        "# Memory of training: predicted and measured on a CPU",
+        "# Memory and time of training: predicted and measured on a CPU",
         "",
         f"DPO, {shape.text}; fp32 unless said otherwise, {BATCH} pairs a step, {STEPS} steps, micro-batches of 4096 tokens unless said",
         "otherwise. Growth of peak resident memory from the moment when the weights are in memory, in a fresh process that has",
@@ -186,12 +219,16 @@ def page(rows: list[Row], shape: Shape, command: str) -> str:
         *(f"- {key}: {value}" for key, value in about.items()),
         f"- command: `{command}`",
         "",
-        "| configuration | options | predicted, MiB | measured, MiB | error |",
-        "|---|---|---:|---:|---:|",
-        *(f"| {r.name} | `{r.options}` | {r.predicted_mib:.0f} | {r.measured_mib:.0f} | {r.error_percent:+.1f} % |" for r in rows),
+        "| configuration | options | predicted, MiB | measured, MiB | error | predicted, s/step | measured, s/step | error |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {r.name} | `{r.options}` | {r.predicted_mib:.0f} | {r.measured_mib:.0f} | {r.error_percent:+.1f} % "
+            f"| {r.predicted_seconds:.2f} | {r.measured_seconds:.2f} | {r.seconds_error_percent:+.0f} % |"
+            for r in rows
+        ),
         "",
-        f"Largest error {errors[-1]:.1f} %, median {errors[len(errors) // 2]:.1f} %; {sum(e <= 5 for e in errors)} of {len(errors)} are "
-        "within 5 %.",
+        f"Memory: largest error {errors[-1]:.1f} %, median {errors[len(errors) // 2]:.1f} %; "
+        f"{sum(e <= 5 for e in errors)} of {len(errors)} are within 5 %.",
     ]
     if any(row.name == "full, bfloat16" for row in rows):
         lines += ["", NOTE]

@@ -37,9 +37,9 @@ def with_max_tokens(
 
     `device` is where the run trains; the model may not be there yet. The number is the largest one, a multiple of 64, with which the
     prediction stays within a share of the free memory (nine tenths of a CUDA device's, half of a host's), at most the tokens of the
-    longest step, and no less than the longest sample. Several processes take the smallest of theirs. With a `budget` of bytes beside
-    the weights a number is kept only where it fits, too. Raises ConfigError for a model whose memory cannot be predicted, and where
-    the longest sample does not fit the budget.
+    longest step, and no less than the longest sample. Several processes take the smallest of theirs, each predicted as if it held all
+    that they divide. With a `budget` of bytes beside the weights a number is kept only where it fits, too. Raises ConfigError for a
+    model whose memory cannot be predicted, and where the longest sample does not fit the budget.
     """
     if config.max_tokens != "auto" and budget is None:
         return config
@@ -56,9 +56,9 @@ def with_max_tokens(
     found: dict[int, int] = {}
 
     def needed(tokens: int) -> int:
-        predicted = _footprint(config, model, samples, tokens, ranks)
-        there = device.type == "cuda" or budget is not None
-        found[tokens] = predicted.growth if there else predicted.peak  # a host reads weights when they are used
+        predicted = _footprint(config, model, samples, tokens)
+        there = budget is not None or (device.type == "cuda" and ranks.size == 1)  # the weights; a host reads them when they are used
+        found[tokens] = predicted.growth if there else predicted.peak
         return found[tokens]
 
     try:
@@ -174,7 +174,7 @@ def _most_scored(config: RunConfig, samples: Iterable[Sample]) -> list[Sample]:
     return sorted(trained, key=lambda each: -each.num_targets / max(1, packed_tokens(each, share=config.share_prompts)))
 
 
-def _footprint(config: RunConfig, model: Any, samples: Sequence[Sample], tokens: int, ranks: Ranks) -> Footprint:
+def _footprint(config: RunConfig, model: Any, samples: Sequence[Sample], tokens: int) -> Footprint:
     """Of steps with micro-batches of so many tokens."""
     batch, rows = filled(samples, tokens, share=config.share_prompts, most=PIECES)
     device = next(model.parameters()).device

@@ -98,7 +98,7 @@ def measure(model: Any, device: torch.device, *, tokens: int, length: int) -> Ra
         weight = torch.ones(columns, inner, dtype=dtype, device=device)
         if device.type == "cpu":  # not longer than it must be
             few = torch.ones(min(rows, 32), inner, dtype=dtype)
-            rows = max(1, min(rows, int(len(few) * CALL / _median(lambda: few @ weight.T, device, CALL))))
+            rows = max(len(few), min(rows, int(len(few) * CALL / _median(lambda: few @ weight.T, device, CALL))))
         x = torch.ones(rows, inner, dtype=dtype, device=device)
         return 2.0 * rows * columns * inner / _median(lambda: x @ weight.T, device, share)
 

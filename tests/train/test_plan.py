@@ -22,10 +22,12 @@ from fastalign.models.load import load_model, prepare
 from fastalign.models.trunk import trunk
 from fastalign.objectives.distill import DistillConfig
 from fastalign.objectives.dpo import DPOConfig
+from fastalign.objectives.grpo import GRPOConfig
+from fastalign.objectives.kto import KTOConfig
 from fastalign.objectives.reward import RewardConfig
 from fastalign.train import plan as planning
 from fastalign.train.config import given_options
-from fastalign.train.footprint import _batch, footprint
+from fastalign.train.footprint import _batch, footprint, keeps_copy
 from fastalign.train.metrics import read_metrics
 from fastalign.train.remedies import changed, remedies
 
@@ -62,6 +64,22 @@ def test_the_parts_that_have_a_formula() -> None:
     adapted = model(lora=LoraConfig(r=4))
     trained = size(p for p in adapted.parameters() if p.requires_grad)
     assert footprint(adapted, DPOConfig(), tokens=2048).parts["optimizer state"] == 2 * trained
+
+
+def test_which_runs_hold_a_second_model() -> None:
+    lora = LoraConfig(r=4)
+    for config, holds in (
+        (GRPOConfig(beta=0.1), True),  # auto is a copy where all weights are trained
+        (GRPOConfig(beta=0.0), False),
+        (GRPOConfig(beta=0.0, reference="copy"), False),  # there is none to hold
+        (GRPOConfig(beta=0.1, lora=lora), False),
+        (GRPOConfig(beta=0.1, lora=lora, reference="copy"), True),
+        (KTOConfig(), False),
+        (KTOConfig(kl_scope="microbatch"), True),
+        (KTOConfig(kl_scope="microbatch", lora=lora), False),
+        (DPOConfig(sync_ref_model=True), True),
+    ):
+        assert keeps_copy(config) == holds, config
 
 
 def test_four_bit_weights_count_as_such() -> None:
@@ -265,5 +283,5 @@ def test_the_prediction_is_that_of_a_measurement(name: str, tmp_path: Path) -> N
     from bench.workload import Shape, write_model, write_pairs
 
     written, data = write_model(tmp_path / "model", Shape()), write_pairs(tmp_path / "data.jsonl", STEPS * BATCH, Shape())
-    predicted, measured = run(tmp_path, written, data, CONFIGS[name])
+    predicted, measured, *_ = run(tmp_path, written, data, CONFIGS[name])
     assert predicted == pytest.approx(measured, rel=0.1)

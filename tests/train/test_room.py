@@ -52,7 +52,7 @@ def test_it_is_the_largest_that_is_predicted_to_fit(share: bool, monkeypatch: py
     config = DPOConfig(max_tokens="auto", batch_size=400, share_prompts=share, logits_budget=1 << 20)
     data = Data(pairs(500))
     fewest, most = room.step_tokens(config, data)
-    predicted = lambda tokens: room._footprint(config, model, room._most_scored(config, data.samples), tokens, Ranks()).peak  # noqa: E731
+    predicted = lambda tokens: room._footprint(config, model, room._most_scored(config, data.samples), tokens).peak  # noqa: E731
     free = predicted(10_000) / room.SHARE["cpu"]
     monkeypatch.setattr(room, "free_bytes", lambda device: int(free))
     found = fitted(config, model, data, tmp_path, Ranks()).token_limit
