@@ -136,7 +136,7 @@ def child(spec: dict[str, Any]) -> tuple[float, float]:
         def objective(self, model: Any, data: Any, folder: Any) -> Any:
             order = Order.of(self, len(data.samples))
             steps = [[data.samples[i] for i in order.samples_of(step)] for step in range(STEPS)]
-            found = footprint_of_steps(model, self, steps, max_tokens=self.max_tokens)
+            found = footprint_of_steps(model, self, steps, max_tokens=self.token_limit)
             there = found.parts["float32 copies of weights"]  # of the optimizer, made already
             for weight in model.parameters():
                 there += 4 * weight.numel() if hasattr(weight, "main_grad") else 0

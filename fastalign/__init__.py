@@ -12,6 +12,7 @@ _HOMES = {
     "linear_loss": "fastalign.head.api",
     "linear_cross_entropy": "fastalign.head.api",
     "parallel_linear_logps": "fastalign.head.parallel",
+    "parallel_linear_loss": "fastalign.head.parallel_loss",
     "linear_divergence": "fastalign.head.divergence",
     "linear_divergence_outputs": "fastalign.head.divergence",
     "linear_divergence_loss": "fastalign.head.divergence",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from fastalign.head.divergence import linear_divergence_loss as linear_divergence_loss
     from fastalign.head.divergence import linear_divergence_outputs as linear_divergence_outputs
     from fastalign.head.parallel import parallel_linear_logps as parallel_linear_logps
+    from fastalign.head.parallel_loss import parallel_linear_loss as parallel_linear_loss
     from fastalign.models.heads import HeadSpec as HeadSpec
     from fastalign.models.heads import head_spec as head_spec
     from fastalign.models.load import load_model as load_model

@@ -57,6 +57,7 @@ Trains language models on texts, preferences and rewards. Every command explains
   migrate TRAINER FILE   turn a config of TRL's into one of ours, and list what could not be carried over: migrate dpo trl.yaml
   serve        answer over HTTP (OpenAI's protocol and a page to chat with), and keep the answers and the feedback on them:
                --model DIR [--data feedback.db]; serve token add --role user makes a token
+  online       learn from that feedback, round by round: --serve http://127.0.0.1:8000 [--config loop.yaml]
   demo         build a small model, train it on generated preferences and show before and after
 
   --version    print the version
@@ -132,7 +133,7 @@ def _dispatch(words: list[str]) -> int:
         return _train(command, rest)
     commands: dict[str, Callable[[list[str]], int]] = {
         "eval": _eval, "label": _label, "plan": _plan, "report": _report, "data": _data, "migrate": _migrate, "serve": _serve,
-        "demo": _demo,
+        "online": _online, "demo": _demo,
     }  # fmt: skip
     if command not in commands:
         from fastalign.train.options import nearest
@@ -203,7 +204,7 @@ class PlanConfig:
 
     objective: str = "dpo"  # what is to be trained: sft, reward, dpo, orpo, cpo, simpo, kto, grpo or rloo
     scored: float = 1.0  # share of the tokens that are scored: completions, not prompts
-    tflops: float | None = None  # TFLOP/s that the device reaches, to tell seconds (a run with --profile 2 says)
+    tflops: float | None = None  # TFLOP/s that the device reaches, in place of measuring the one at hand (a run with --profile 2 says)
 
 
 def _plan(argv: list[str]) -> int:
@@ -237,7 +238,7 @@ def _plan(argv: list[str]) -> int:
 
     planning = import_module("fastalign.train.plan")
     _no_foreign_bars()
-    planning.show(config, planning.plan(config, scored=options.scored), Console(), tflops=options.tflops)
+    planning.show(config, planning.plan(config, scored=options.scored, timed=options.tflops is None), Console(), tflops=options.tflops)
     return 0
 
 
@@ -275,6 +276,17 @@ def _serve(argv: list[str]) -> int:
         return _print_help(config_class, f"fastalign serve {usage}")
     _no_foreign_bars()
     return service.command(argv)
+
+
+def _online(argv: list[str]) -> int:
+    from fastalign.train.config import parse
+
+    config_class = import_module("fastalign.serve.loop.config").OnlineConfig
+    if _wants_help(argv):
+        return _print_help(config_class, "fastalign online --serve URL|DATABASE [--config loop.yaml] [options]")
+    config = parse(argv, config_class)
+    _no_foreign_bars()
+    return int(import_module("fastalign.serve.loop.loop").online(config))
 
 
 _CHECK_USAGE = "fastalign data check FILE [--objective NAME] [--model.path DIR] [--data.* options]"
@@ -343,9 +355,9 @@ def _migrate(argv: list[str]) -> int:
 class DemoConfig:
     """Builds a small model and tokenizer from nothing, trains it on generated data, and shows before and after."""
 
-    objective: str = (
-        "dpo"  # what to show: sft, reward, dpo, orpo, cpo, simpo, kto, distill, gkd, grpo, rloo, reinforce_pp, ppo or online_dpo
-    )
+    objective: str = "dpo"
+    """What to show: sft, reward, dpo, orpo, cpo, simpo, kto, distill, gkd, grpo, rloo, reinforce_pp, ppo, online_dpo, or online (a
+    model that is served, judged and trained in turn)."""
     output: str = "demo"  # folder for the model, the data and the run
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastalign import demo_data, demo_task
+from fastalign import demo_data, demo_online, demo_task
 from fastalign.demo_model import (
     Size,
     answer_log_probs,
@@ -49,7 +49,10 @@ BATCH_SIZE = 16
 _PAIR = ("chosen", "rejected")
 _SORTING = {"rewards": ["exact_match"], "num_generations": 8, "max_completion_length": 8, "learning_rate": 2e-4}
 _CRITICISED = _SORTING | {"num_generations": 4, "value_learning_rate": 2e-3}  # every answer is used four times
-OWN_FILES = ("model", "train.jsonl", "heldout.jsonl", "samples.jsonl", "run", "teacher", "demo.json")
+OWN_FILES = (
+    "model", "train.jsonl", "heldout.jsonl", "samples.jsonl", "run", "teacher", "online", "feedback.db", "feedback.db-wal",
+    "feedback.db-shm", "demo.json",
+)  # fmt: skip
 
 
 def _as_given(rows: Sequence[Row]) -> list[Row]:
@@ -159,9 +162,12 @@ def run(objective: str = "dpo", output: str | Path = "demo", *, size: Size | Non
 
     from fastalign.train.report import write_report
 
+    size, console = size or Size(), console or Console()
+    if objective == "online":
+        return demo_online.run(_claim(Path(output)), size, console)
     if objective not in RECIPES:
-        raise ConfigError(f"demo: no demo for objective {objective!r}; there is one for {', '.join(RECIPES)}")
-    recipe, size, console = RECIPES[objective], size or Size(), console or Console()
+        raise ConfigError(f"demo: no demo for objective {objective!r}; there is one for {', '.join(RECIPES)}, online")
+    recipe = RECIPES[objective]
     world = recipe.world
     size = replace(size, pretrain_batch=size.pretrain_batch * world.batch)
     folder = _claim(Path(output))

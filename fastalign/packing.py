@@ -14,6 +14,7 @@ from itertools import accumulate, chain, compress, pairwise, zip_longest
 import torch
 
 from fastalign.errors import ConfigError
+from fastalign.pausing import pause
 from fastalign.ranks import current
 from fastalign.types import IGNORE_INDEX, PackedBatch, Sample, SharedPrompts
 
@@ -98,6 +99,7 @@ def pack_samples(samples: Sequence[Sample], max_tokens: int, *, share: bool = Fa
 def batches(samples: Sequence[Sample], max_tokens: int, *, share: bool = False) -> Iterator[tuple[list[int], PackedBatch]]:
     """All samples in packed batches of at most `max_tokens` tokens: the members of each, as indices into `samples`, and the batch."""
     for members in pack_samples(samples, max_tokens, share=share):
+        pause()
         yield members, collate([samples[i] for i in members], share=share)
 
 
@@ -116,7 +118,10 @@ def per_sample(
     bins, ranks = pack_samples(samples, max_tokens, share=share), current()
 
     def of_bins(numbers: Sequence[int]) -> list[torch.Tensor]:
-        found = [score(collate([samples[i] for i in bins[k]], share=share)) for k in numbers]
+        found = []
+        for k in numbers:
+            pause()
+            found.append(score(collate([samples[i] for i in bins[k]], share=share)))
         return found if ranks.size == 1 else [values.cpu() for values in found]
 
     parts: dict[int, torch.Tensor] = {}

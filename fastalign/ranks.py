@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +21,8 @@ from fastalign.errors import ConfigError, FastalignError, RankError
 
 Value = TypeVar("Value")
 
+GRACE = 30.0  # seconds to end in, once what started a process is gone; as torchrun gives when it is asked to end
+
 _FAILURE = "fastalign/failure"  # the key in the store under which the first rank to fail says why
 
 
@@ -28,6 +33,9 @@ class ParallelConfig:
     shard: Literal["full", "optimizer"] = "full"
     """What the processes divide among themselves. full: the weights, gradients and optimizer state of the layers, each layer gathered
     when it runs (FSDP2); optimizer: the optimizer's state alone, for the least traffic where weights and gradients fit on every device."""
+    head: Literal["whole", "vocab"] = "whole"
+    """Whether every process holds the whole language-model head, or (vocab) its share of the rows, their gradient and their optimizer
+    state, and scores the tokens of all processes with them."""
     replicas: int = 1
     """Into so many groups the processes are divided, each of which holds everything once: with as many as there are nodes, layers
     are gathered inside a node (hybrid sharding)."""
@@ -36,6 +44,8 @@ class ParallelConfig:
         """Raise ConfigError for an option that is out of range."""
         if self.shard not in ("full", "optimizer"):
             raise ConfigError(f"parallel.shard must be full or optimizer, got {self.shard!r}")
+        if self.head not in ("whole", "vocab"):
+            raise ConfigError(f"parallel.head must be whole or vocab, got {self.head!r}")
         if self.replicas < 1:
             raise ConfigError(f"parallel.replicas must be at least 1, got {self.replicas}")
 
@@ -48,6 +58,8 @@ class ParallelConfig:
             )
         if processes % self.replicas:
             raise ConfigError(f"parallel.replicas {self.replicas} does not divide the {processes} processes; set a divisor of {processes}")
+        if self.head == "vocab" and self.replicas == processes:
+            raise ConfigError("parallel.head vocab divides the head inside a group, and each is one process; set fewer --parallel.replicas")
 
 
 class Ranks:
@@ -92,6 +104,11 @@ class Ranks:
         """A block that all ranks leave alike: where one raises, the others raise a RankError that says what it raised."""
         yield
 
+    @contextmanager
+    def serving(self, others: Callable[[], None]) -> Iterator[None]:
+        """A block in which a rank, before it waits for all, does `others`: what those that are not there yet may need of it."""
+        yield
+
     def died(self, error: BaseException) -> None:
         """Leave word of why this rank goes, for those that wait for it."""
 
@@ -107,6 +124,7 @@ class _Several(Ranks):
         self.index, self.size = dist.get_rank(), dist.get_world_size()
         self.hosts = dist.new_group(backend="gloo")  # objects and flags travel between hosts, no device waits for them
         self.store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        self.meanwhile: Callable[[], None] = _nothing
 
     @property
     def name(self) -> str:
@@ -114,6 +132,7 @@ class _Several(Ranks):
 
     def gather(self, value: Value) -> list[Value]:
         found: list[Any] = [None] * self.size
+        self.meanwhile()
         dist.all_gather_object(found, value, group=self.hosts)
         return found
 
@@ -133,6 +152,15 @@ class _Several(Ranks):
         for index, text in enumerate(said):
             if text is not None:
                 raise RankError(f"rank {index} of {self.size} stopped: {text}")
+
+    @contextmanager
+    def serving(self, others: Callable[[], None]) -> Iterator[None]:
+        before, self.meanwhile = self.meanwhile, others
+        try:
+            yield
+            others()
+        finally:
+            self.meanwhile = before
 
     def died(self, error: BaseException) -> None:
         if isinstance(error, RankError) or _is_of_transport(error):
@@ -163,12 +191,14 @@ _current = Ranks()
 def joined(device: str = "auto") -> Iterator[Ranks]:
     """Join the other processes for a run on `device`, where torchrun started several: nccl between CUDA devices, else gloo.
 
-    Each takes the CUDA device of its local rank. Raises ConfigError when a host has fewer devices than processes.
+    Each takes the CUDA device of its local rank, and ends when torchrun is gone (`end_with_parent`). Raises ConfigError when a host has
+    fewer devices than processes.
     """
     global _current
     if _current.size > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
         yield _current
         return
+    end_with_parent()
     own = dist.is_initialized()
     if not own:
         local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available() and device in ("auto", "cuda")
@@ -194,6 +224,31 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
             dist.destroy_process_group()
     finally:
         _current = before
+
+
+def end_with_parent(grace: float = GRACE) -> None:
+    """End this process when the one that started it has ended, even by a SIGKILL: nobody would know of it any more, or end it.
+
+    It gets a SIGTERM, and where it has not ended by that within `grace` seconds, such as in a collective that never returns, a SIGKILL.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(min(1.0, grace))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not any(thread.name == _WATCHER for thread in threading.enumerate()):
+        threading.Thread(target=watch, name=_WATCHER, daemon=True).start()
+
+
+_WATCHER = "fastalign: ends with its parent"
+
+
+def _nothing() -> None:
+    pass
 
 
 def _text(error: BaseException) -> str:

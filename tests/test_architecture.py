@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ("errors", "types"),
-    ("ranks",),
+    ("ranks", "pausing"),
     ("segments", "packing"),
     ("head", "losses", "advantages", "attention"),
     ("models", "data"),
@@ -20,6 +20,7 @@ LEVELS = [
     ("serve",),
     ("demo_data", "demo_task"),
     ("demo_model",),
+    ("demo_online",),
     ("demo",),
     ("cli",),
     ("__init__", "__main__"),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 from gloo import processes
@@ -78,3 +82,31 @@ def test_who_waits_for_a_process_that_failed_is_told_why(tmp_path: Path) -> None
     assert first == (
         "RankError: rank 1 of 2 stopped: ZeroDivisionError: in a step; continue with --resume, which takes the newest whole checkpoint"
     )
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_process_ends_with_the_one_that_started_it_even_when_it_listens_to_no_signal(deaf: bool) -> None:
+    """A process starts another, which waits for ever, and is gone; deaf to SIGTERM the other one is ended after its grace."""
+    code = f"""
+import os, signal, sys, time
+from fastalign.ranks import end_with_parent
+if os.fork():
+    os._exit(0)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if {deaf} else lambda *_: (print("asked", flush=True), os._exit(0)))
+print(os.getpid(), flush=True)
+"""
+    waits = """
+os.getppid = lambda: before.pop() if before else 1
+before = [7, 7]
+end_with_parent(grace=0.1)
+time.sleep(60)
+"""
+    started = time.monotonic()
+    found = subprocess.run([sys.executable, "-c", code + waits], capture_output=True, text=True, timeout=50)
+    assert found.stdout.splitlines()[1:] == ([] if deaf else ["asked"])
+    assert not is_running(int(found.stdout.split()[0])) and time.monotonic() - started < 40
+
+
+def is_running(number: int) -> bool:
+    """What has ended may still be there as a zombie, where nobody asks how."""
+    return psutil.pid_exists(number) and psutil.Process(number).status() != psutil.STATUS_ZOMBIE

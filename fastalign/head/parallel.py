@@ -62,7 +62,8 @@ def parallel_linear_logps(
         hidden, weight, target, bias, lora, temperature, ignore_index, outputs, differentiable, d_weight, live_rows, active,
         logit_scale, softcap,
     )  # fmt: skip
-    first, vocabulary = _place(weight, group, sizes)
+    sizes = sizes_of(weight, group, sizes)
+    first, vocabulary = sum(sizes[: dist.get_rank(group)]), sum(sizes)
     live = call.live_index(vocabulary)
     wants = call.hidden_grad or call.head_grad
     plan = call.plan(call.count(live), schedule="recompute" if wants else "none", budget=budget, impl=impl)
@@ -90,7 +91,7 @@ class _ParallelLogps(torch.autograd.Function):
         operands = _own_columns(call.operands(hidden, weight, bias, u, b), first).take(live)
         with no_autocast(hidden):
             state = _local_state(operands, plan, call.outputs)
-            _join(state, operands.target, weight.shape[0], vocabulary, first, group)
+            join(state, operands.target, weight.shape[0], vocabulary, first, group)
             stats = rows_of(plan.impl).finish(state)
         found = torch.zeros(len(FIELDS), len(operands.target), dtype=operands.work_dtype, device=hidden.device)
         for name, value in stats.items():
@@ -154,7 +155,7 @@ def _local_state(operands: Operands, plan: Plan, outputs: frozenset[str]) -> Row
     return whole
 
 
-def _join(state: RowState, target: Tensor, columns: int, vocabulary: int, first: int, group: Any) -> None:
+def join(state: RowState, target: Tensor, columns: int, vocabulary: int, first: int, group: Any) -> None:
     """Make statistics of the columns here those of all columns, on every process, in the same bits."""
     own = state.m
     state.m = own.clone()
@@ -184,8 +185,8 @@ def _own_columns(operands: Operands, first: int) -> Operands:
     return operands._replace(target=operands.target - first)
 
 
-def _place(weight: Tensor, group: Any, sizes: Sequence[int] | None) -> tuple[int, int]:
-    """The first row here, and how many there are in all."""
+def sizes_of(weight: Tensor, group: Any, sizes: Sequence[int] | None) -> list[int]:
+    """The rows of the weight that each process has: the given ones, checked, or exchanged."""
     size, index = dist.get_world_size(group), dist.get_rank(group)
     if sizes is None:
         found = torch.zeros(size, dtype=torch.int64, device=weight.device)
@@ -198,4 +199,4 @@ def _place(weight: Tensor, group: Any, sizes: Sequence[int] | None) -> tuple[int
         raise ValueError(
             f"sizes must name the rows of each of the {size} processes, {weight.shape[0]} for process {index}; got {list(sizes)}"
         )
-    return sum(sizes[:index]), sum(sizes)
+    return list(sizes)

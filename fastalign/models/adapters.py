@@ -20,7 +20,7 @@ def add_adapter(model: Any, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
     """A PeftModel that trains the adapter of `lora`: a fresh one, whose update starts at 0, or an existing one.
 
     `task` is PEFT's: of a SEQ_CLS model the score head is trained in full and kept in the adapter. An existing adapter is
-    loaded twice: to be trained, and frozen as the adapter "reference".
+    loaded twice: to be trained, and, unless the reference is the base model, frozen as the adapter "reference".
     """
     import peft
 
@@ -29,7 +29,8 @@ def add_adapter(model: Any, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
     if lora.adapter is not None:
         check_adapter_folder(lora.adapter)
         wrapped = peft.PeftModel.from_pretrained(model, lora.adapter, adapter_name=POLICY, is_trainable=True)
-        wrapped.load_adapter(lora.adapter, adapter_name=REFERENCE, is_trainable=False)
+        if lora.reference == "start":
+            wrapped.load_adapter(lora.adapter, adapter_name=REFERENCE, is_trainable=False)
         wrapped.set_adapter(POLICY)
         return wrapped
     config = peft.LoraConfig(
@@ -66,7 +67,7 @@ def has_adapter(model: Any) -> bool:
 
 @contextmanager
 def reference_adapter(model: Any) -> Iterator[None]:
-    """`model` as it was before training: its adapter "reference" where it has one, else with no adapter."""
+    """`model` as its reference: with the adapter "reference" where it has one, else with no adapter."""
     if REFERENCE not in model.peft_config:
         with kept_flags(model), model.disable_adapter():
             yield

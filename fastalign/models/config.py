@@ -67,8 +67,9 @@ class LoraConfig:
     modules_to_save: list[str] = field(default_factory=list)
     """Layers to train in full beside the adapter and to keep in it, e.g. lm_head."""
     adapter: str | None = None
-    """Folder of an existing PEFT adapter to train further; replaces the options above. The reference is then the model
-    with that adapter as it was."""
+    """Folder of an existing PEFT adapter to train further; replaces the options above."""
+    reference: Literal["start", "base"] = "start"
+    """Of an existing adapter: whether the reference is the model with that adapter as it was, or the model without any."""
 
     @property
     def enabled(self) -> bool:

@@ -13,6 +13,8 @@ from fastalign.models.trunk import causal_lm
 
 _CHUNK = 1 << 26  # elements brought to the host at a time
 
+_KEPT = "_fastalign_fingerprints"
+
 # Of a config: where it came from and how it is run, not what the model computes.
 _TRANSIENT = {"_name_or_path", "name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures"}
 
@@ -24,10 +26,13 @@ def model_fingerprint(model: nn.Module, *, skip_adapter: str | None = None) -> s
 
     All bytes are read (one to two GB/s and core): sizes and dates of files would call two models equal that are not.
     """
+    kept: dict[str | None, str] = vars(model).get(_KEPT, {})
+    if skip_adapter in kept:
+        return kept[skip_adapter]
     digest = hashlib.sha256()
     config: dict[str, Any] = causal_lm(model).config.to_dict()
-    kept = {key: value for key, value in config.items() if key not in _TRANSIENT}
-    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    fields = {key: value for key, value in config.items() if key not in _TRANSIENT}
+    digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     tensors = model.state_dict()
     if skip_adapter is not None:
         tensors = {_bare(name): tensor for name, tensor in tensors.items() if skip_adapter not in name.split(".")}
@@ -35,6 +40,11 @@ def model_fingerprint(model: nn.Module, *, skip_adapter: str | None = None) -> s
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         _update(digest, tensor)
     return digest.hexdigest()
+
+
+def keep_fingerprint(model: nn.Module, fingerprint: str, *, skip_adapter: str | None = None) -> None:
+    """Let `model_fingerprint` know that of the weights that `model` still has, but in parts on several processes."""
+    vars(model).setdefault(_KEPT, {})[skip_adapter] = fingerprint
 
 
 def _bare(name: str) -> str:

@@ -21,6 +21,7 @@ from fastalign.head.api import linear_logps, linear_loss
 from fastalign.head.autograd import LossFn
 from fastalign.head.divergence import linear_divergence, linear_divergence_loss
 from fastalign.head.divergence_autograd import LossFn as DivergenceLossFn
+from fastalign.models.divided_head import divided_head
 from fastalign.models.trunk import causal_lm, decoder, evaluation
 from fastalign.types import HeadOutput
 
@@ -48,7 +49,9 @@ class HeadSpec:
     lora: HeadLora | None = None
 
     def logps(self, hidden: Tensor, target: Tensor, **options: Any) -> HeadOutput:
-        """`linear_logps` of `hidden` (..., D) and `target` (...) under this head; same options."""
+        """`linear_logps` of `hidden` (..., D) and `target` (...) under this head; same options. Without gradient where it is divided."""
+        if (divided := divided_head(self.weight)) is not None:
+            return divided.logps(self._cast(hidden), target, b=self._lora_b, **self._options(hidden), **options)
         return linear_logps(self._cast(hidden), self.weight, target, **self._options(hidden), **options)
 
     def loss(
@@ -61,6 +64,8 @@ class HeadSpec:
         result must be differentiated with a gradient of 1.
         """
         options = {**self._gradient_buffer(), **self._options(hidden), **options}
+        if (divided := divided_head(self.weight)) is not None:
+            return divided.loss(self._cast(hidden), target, loss_fn, groups=groups, b=self._lora_b, **options)
         return linear_loss(self._cast(hidden), self.weight, target, loss_fn, groups=groups, **options)
 
     def divergence(self, hidden: Tensor, teacher: HeadSpec, teacher_hidden: Tensor, **options: Any) -> Tensor:
@@ -84,6 +89,10 @@ class HeadSpec:
         if not (torch.is_grad_enabled() and self.weight.requires_grad and self.weight.is_leaf):
             return {}
         return {"d_weight": getattr(self.weight, "main_grad", self.weight.grad)}
+
+    @property
+    def _lora_b(self) -> Tensor | None:
+        return None if self.lora is None else self.lora.b
 
     def _as_reference(self, hidden: Tensor) -> dict[str, Any]:
         return {f"ref_{name}": value for name, value in self._options(hidden).items()}

@@ -70,7 +70,7 @@ def resolve_adapter(options: ModelConfig, lora: LoraConfig | None) -> tuple[Mode
         return options, lora
     if lora is not None and lora.enabled:
         raise ModelError(f"{options.path} is an adapter; give its base model as model.path and the adapter as lora.adapter")
-    return replace(options, path=_base_of(options.path)), LoraConfig(adapter=options.path)
+    return replace(options, path=_base_of(options.path)), LoraConfig(adapter=options.path, reference=lora.reference if lora else "start")
 
 
 def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task: str = "CAUSAL_LM") -> Any:
@@ -82,7 +82,7 @@ def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task:
     causal.set_attn_implementation(attention.NAME)
     if not options.dropout:
         _disable_dropout(causal)
-    loaded.to(_device(options.device, loaded))
+    place(loaded, options)
     if options.liger_kernels and causal.device.type != "meta":  # without storage there is nothing to run
         install_liger_kernels(loaded)
     if lora is not None and lora.enabled:
@@ -92,6 +92,11 @@ def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task:
     if options.gradient_checkpointing:
         enable_checkpointing(causal, options)
     return loaded
+
+
+def place(loaded: Any, options: ModelConfig) -> Any:
+    """Put a model on the device that `options` name; returns it. Raises ConfigError for a device that is not here."""
+    return loaded.to(_device(options.device, loaded))
 
 
 def read_config(options: ModelConfig) -> Any:

@@ -53,7 +53,7 @@ class ReferenceOptions(Protocol):
     @property
     def reference(self) -> str: ...
     @property
-    def max_tokens(self) -> int: ...
+    def token_limit(self) -> int: ...
     @property
     def share_prompts(self) -> bool: ...
     @property
@@ -92,7 +92,7 @@ def build_reference(
             samples,
             Path(folder) / "reference",
             data.fingerprint,
-            max_tokens=config.max_tokens,
+            max_tokens=config.token_limit,
             share=config.share_prompts,
             budget=config.logits_budget,
             ld_alpha=ld_alpha,
@@ -177,6 +177,11 @@ class CopyReference:
         for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
             whole = other.full_tensor() if hasattr(other, "full_tensor") else other  # of several processes, each has some rows
             own.mul_(1 - alpha).add_(whole.to(own.device, own.dtype), alpha=alpha)
+
+
+def copied(reference: object) -> list[nn.Module]:
+    """The second model that `reference` has on the device, if it has one."""
+    return [reference.model] if isinstance(reference, CopyReference) else []
 
 
 class StreamReference(CopyReference):

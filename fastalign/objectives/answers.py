@@ -43,6 +43,12 @@ class AnswerConfig(RunConfig):
         """Whether a model of this process answers by Transformers' generation."""
         return self.engine == "transformers"
 
+    @property
+    def unpredicted(self) -> str | None:
+        if self.engine == "vllm":
+            return "vLLM in this process takes a share of the device, and asks how long a sequence may be"
+        return super().unpredicted
+
     def make_engine(self, model: Any) -> Engine:
         """What answers prompts by the weights of `model`, which is the one that is trained."""
         if self.engine == "vllm_server":
@@ -50,7 +56,9 @@ class AnswerConfig(RunConfig):
                 raise ConfigError("engine vllm_server is given whole weights; with several processes set --parallel.shard optimizer")
             return FirstRank(VLLMServerEngine(model, self.vllm, output=self.output))
         if self.engine == "vllm":
-            room = min(self.max_tokens, context_window(self.model.path) or self.max_tokens)
+            if current().size > 1 and self.parallel.head == "vocab":
+                raise ConfigError("engine vllm is given whole weights; set --parallel.head whole, or --engine transformers")
+            room = min(self.token_limit, context_window(self.model.path) or self.token_limit)
             return VLLMEngine(model, self.vllm_local, output=self.output, max_tokens=room)
         return TransformersEngine(model, max_tokens=self.generation_tokens)
 
@@ -96,7 +104,7 @@ class AnswerConfig(RunConfig):
         """Raise ConfigError unless the longest prompt, `prompt` tokens in the data's row `row`, and the longest answer fit together."""
         needed, window = prompt + self.max_completion_length, context_window(self.model.path)
         both = f"the longest prompt (row {row}, {prompt} tokens) and the longest answer ({self.max_completion_length}) together"
-        if needed > self.max_tokens:
+        if needed > self.token_limit:
             remedy = f"set --max_tokens {needed} or more, or a smaller --max_completion_length"
             raise ConfigError(f"max_tokens {self.max_tokens} is less than {both}; {remedy}")
         if window is not None and needed > window:

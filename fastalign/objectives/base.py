@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.data.config import DataConfig
 from fastalign.errors import ConfigError
@@ -75,6 +76,15 @@ class Online(Protocol):
         """Metrics of what the model says to held-out prompts."""
 
 
+@runtime_checkable
+class Copying(Protocol):
+    """An objective that may hold further models with a head over the same vocabulary."""
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        """Those on the device."""
+
+
 class Dataset(Protocol):
     """Tokenized samples; `fingerprint` changes with anything that changes them."""
 
@@ -88,6 +98,7 @@ class RunConfig:
     """Options that every algorithm has. A step's result does not depend on `max_tokens`, `share_prompts`, `logits_budget` and `metrics`."""
 
     name: ClassVar[str] = ""
+    divides_head: ClassVar[bool] = True  # whether its head is only asked for log-probs, which several processes can make together
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -105,8 +116,9 @@ class RunConfig:
 
     batch_size: int = 8
     """Samples per optimizer step (a preference pair is one sample)."""
-    max_tokens: int = 4096
-    """Tokens per micro-batch; bounds the memory, does not change the result."""
+    max_tokens: int | Literal["auto"] = 4096
+    """Tokens per micro-batch; bounds the memory, does not change the result. auto: as many as the device is predicted to have room for
+    when the run starts, and no more than a step has; config.yaml names the number."""
     share_prompts: bool = True
     """Compute a prompt once for all sequences of a micro-batch that begin with it, where it is long enough to save work."""
     epochs: float = 1.0
@@ -169,13 +181,20 @@ class RunConfig:
         self.model.validate()
         self.data.validate()
         self.parallel.validate()
-        adapter = self.lora.enabled or (Path(self.model.path) / "adapter_config.json").is_file()
+        adapter = self.lora.enabled or _is_adapter(self.model.path)
         if self.model.quantization and not adapter:
             raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")
+        if self.lora.reference not in ("start", "base"):
+            raise ConfigError(f"lora.reference must be one of start, base, got {self.lora.reference!r}")
+        if self.lora.reference == "base" and (self.lora.adapter is None) and not _is_adapter(self.model.path):
+            raise ConfigError("lora.reference counts only where an existing adapter is trained further; leave it at start")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
-        for option in ("batch_size", "max_tokens", "keep_checkpoints", "log_every", "max_nonfinite"):
+        for option in ("batch_size", "keep_checkpoints", "log_every", "max_nonfinite"):
             self._require(option, getattr(self, option) >= 1, "at least 1")
+        self._require("max_tokens", self.max_tokens == "auto" or self.token_limit >= 1, "at least 1, or auto")
+        if self.max_tokens == "auto" and (reason := self.unpredicted):
+            raise ConfigError(f"max_tokens auto: {reason}; set a number, such as --max_tokens {RunConfig.max_tokens}")
         for option in ("eval_every", "save_every", "seed", "profile"):
             self._require(option, getattr(self, option) >= 0, "0 or more")
         for option in ("learning_rate", "weight_decay"):
@@ -207,6 +226,25 @@ class RunConfig:
         """Samples of the data that are drawn together."""
         return self.batch_size
 
+    @property
+    def token_limit(self) -> int:
+        """`max_tokens` as a number; of auto, which a run replaces by one, no limit."""
+        return sys.maxsize if self.max_tokens == "auto" else self.max_tokens
+
+    @property
+    def unpredicted(self) -> str | None:
+        """Why `max_tokens` cannot be auto: what the prediction of memory does not know of such a run; None: it can."""
+        return None
+
+    def longest(self, sample: Sample) -> list[Sample]:
+        """What a step trains on of one `sample` of the data, as long as it may be."""
+        return [sample]
+
+    @property
+    def copies_model(self) -> bool:
+        """Whether the objective makes a second model of the first, all of whose weights must be there then."""
+        return getattr(self, "reference", None) in ("copy", "stream") or getattr(self, "sync_ref_model", False)
+
     def load_model(self, tokenizer: Any) -> Any:
         """The model to train, with packed attention and, if one is trained, its adapter."""
         return load_model(self.model, lora=self.lora)
@@ -234,7 +272,12 @@ class RunConfig:
     def check_ranks(self, processes: int) -> None:
         """Raise ConfigError for options that do not go with this number of processes."""
         self.parallel.check(processes)
-        alone = {"optimizer": "adamw", "update_in_backward": False, "stochastic_rounding": False}
+        if self.parallel.head == "vocab":
+            if not self.divides_head:
+                raise ConfigError(f"parallel.head vocab: {self.name} needs more of a head than log-probs; set --parallel.head whole")
+            if getattr(self, "reference", None) == "stream":
+                raise ConfigError("parallel.head vocab: a reference that is streamed keeps its head whole; set --reference copy")
+        alone = {"optimizer": "adamw", "update_in_backward": False}
         for option, value in alone.items() if processes > 1 else ():
             if getattr(self, option) != value:
                 raise ConfigError(
@@ -253,3 +296,7 @@ class RunConfig:
 
     def _require_choice(self, option: str, choices: Sequence[str]) -> None:
         self._require(option, getattr(self, option) in choices, f"one of {', '.join(choices)}")
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()

@@ -46,6 +46,7 @@ class DistillConfig(RunConfig):
     """Distillation: a model learns the whole distribution of every scored token from a frozen teacher of the same vocabulary."""
 
     name: ClassVar[str] = "distill"
+    divides_head: ClassVar[bool] = False
 
     data: SupervisedDataConfig = field(default_factory=SupervisedDataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -70,6 +71,10 @@ class DistillConfig(RunConfig):
         self._require("beta", 0 <= self.beta <= 1, "in [0, 1]")
         self._require("temperature", 0 < self.temperature < float("inf"), "positive and finite")
         self._require("nll_weight", 0 <= self.nll_weight < 1, "in [0, 1); nll alone is `fastalign sft`")
+
+    @property
+    def unpredicted(self) -> str | None:
+        return "the teacher lies on the device, too, and its logits"
 
     def load_model(self, tokenizer: Any) -> Any:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.data.preferences import load_preferences
 from fastalign.data.samples import Samples
@@ -17,7 +17,7 @@ from fastalign.losses import PREFERENCE_LOSSES
 from fastalign.losses.divergence import SCORES
 from fastalign.losses.preference import matched
 from fastalign.models.heads import head_spec
-from fastalign.models.reference import CopyReference, Reference, build_reference, sequence_logps
+from fastalign.models.reference import CopyReference, Reference, build_reference, copied, sequence_logps
 from fastalign.models.trunk import trunk
 from fastalign.objectives import own
 from fastalign.objectives.base import Dataset, RunConfig
@@ -210,6 +210,10 @@ class DPO:
         columns = torch.stack([gaps, matched(ratios[:, 0], ratios[:, 1]), matched(ratios[:, 1], ratios[:, 0])], dim=1)
         self.quantiles = {sample.index: tuple(row) for sample, row in zip(samples, columns.tolist())}
 
+    @property
+    def copies(self) -> list[nn.Module]:
+        return copied(self.reference)
+
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
         return count_pairs(samples)
 
@@ -298,7 +302,7 @@ class DPO:
             scored = sequence_logps(self.model, batch, head=self.head, budget=config.logits_budget, ld_alpha=config.ld_alpha)
             return torch.stack([scored, self._ref_logps(batch)], dim=1)
 
-        found = per_sample(samples, config.max_tokens, score, rows=[2] * len(samples), share=config.share_prompts)
+        found = per_sample(samples, config.token_limit, score, rows=[2] * len(samples), share=config.share_prompts)
         logps, ref_logps = torch.stack(found).unbind(2)
         return logps, ref_logps
 

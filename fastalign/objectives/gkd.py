@@ -33,6 +33,7 @@ class GKDConfig(AnswerConfig, DistillConfig):
     """On-policy distillation (GKD): a model learns a frozen teacher's distributions, in part or always on answers of its own."""
 
     name: ClassVar[str] = "gkd"
+    divides_head: ClassVar[bool] = False
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
     """From the teacher q: forward_kl KL(q || p) covers all that it does, reverse_kl KL(p || q) keeps to what it does most, jsd is
@@ -173,7 +174,7 @@ class GKD(Distill):
         """Metrics of these samples, as if they were one step, without gradient or dropout."""
         denominators, totals = self.denominators(samples), dict[str, float]()
         with evaluation(self.model):
-            for _, batch in batches(samples, self.config.max_tokens, share=self.config.share_prompts):
+            for _, batch in batches(samples, self.config.token_limit, share=self.config.share_prompts):
                 for name, value in self.loss(batch.to(self.head.weight.device), denominators)[1].items():
                     totals[name] = totals.get(name, 0.0) + float(value)
         return super().metrics(totals, denominators)

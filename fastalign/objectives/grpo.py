@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.advantages import group_relative
 from fastalign.data.prompts import Prompts
@@ -18,6 +18,7 @@ from fastalign.losses import fused_triton
 from fastalign.losses.aggregate import fixed_length, sequence_mean, token_mean
 from fastalign.losses.policy import KL_ESTIMATES, POLICY_LOSSES, PolicyLoss, PolicyOutput, cispo, options_of, policy_loss, ppo_clip, vespo
 from fastalign.losses.weights import importance_weights, off_policy_mask, sampling_drift, top_entropy_mask
+from fastalign.models.reference import copied
 from fastalign.models.trunk import trunk
 from fastalign.objectives import own
 from fastalign.objectives.base import Dataset
@@ -222,6 +223,10 @@ class GRPO(Buffered):
 
     def _counts(self, rollouts: Rollouts, answer: int) -> bool:
         return bool(rollouts.finished[answer]) or not self.config.mask_truncated_completions
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return copied(self.rollout.reference)
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
         assert self.rollouts is not None

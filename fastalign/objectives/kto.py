@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.data.config import UnpairedDataConfig
 from fastalign.data.samples import Samples
 from fastalign.data.unpaired import load_unpaired
 from fastalign.losses.unpaired import apo_zero_unpaired, kto, mismatched_kl
 from fastalign.models.heads import head_spec
-from fastalign.models.reference import CachedReference, Reference, build_reference, sequence_logps
+from fastalign.models.reference import CachedReference, Reference, build_reference, copied, sequence_logps
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.objectives.pairs import METRIC_OUTPUTS, Sums, add_aux_loss, add_sums
@@ -61,6 +61,10 @@ class KTOConfig(RunConfig):
             self._require("reference", False, "cache, copy or auto when all weights are trained (lora.r 0)")
         if self.kl_scope == "microbatch":
             self._require("reference", self.reference != "cache", "auto, adapter, copy or stream with kl_scope=microbatch, whose rows vary")
+
+    @property
+    def unpredicted(self) -> str | None:
+        return "with kl_scope microbatch the result depends on it" if self.kl_scope == "microbatch" else super().unpredicted
 
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Samples:
         data = load_unpaired(self.data, tokenizer, vocab_size=vocab_size)
@@ -117,6 +121,10 @@ class KTO:
     def prepare(self, samples: Sequence[Sample]) -> None:
         """The step's KL."""
         self.kl = self._estimate([self.mismatched[sample.index] for sample in samples])
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return copied(self.reference)
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
         counts = {"samples": float(len(samples)), "desirable": 0.0, "undesirable": 0.0, "chosen_tokens": 0.0, "rejected_tokens": 0.0}
@@ -189,7 +197,7 @@ class KTO:
             policy = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget)
             return torch.stack([policy, self.mismatched_reference.logps(batch)], dim=1)
 
-        found = per_sample(rows, self.config.max_tokens, score, rows=[1] * len(rows), share=self.config.share_prompts)
+        found = per_sample(rows, self.config.token_limit, score, rows=[1] * len(rows), share=self.config.share_prompts)
         logps, ref_logps = torch.cat(found).to(device).unbind(1)
         return mismatched_kl(logps, ref_logps, torch.tensor([row.num_targets > 0 for row in rows]).to(device))
 

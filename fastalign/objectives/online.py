@@ -19,6 +19,7 @@ from fastalign.rollout.engine import Sampling
 from fastalign.rollout.judging import JudgeConfig, JudgeReward, build_judge
 from fastalign.rollout.reward_model import RewardModel
 from fastalign.rollout.rewards import Reward, built_in, load_rewards
+from fastalign.types import Sample
 
 
 @dataclass
@@ -80,6 +81,10 @@ class OnlineConfig(AnswerConfig):
         if self.reference == "adapter" and not self.lora.enabled:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
 
+    @property
+    def copies_model(self) -> bool:
+        return bool(self.beta) and (super().copies_model or (self.reference == "auto" and not self.lora.enabled))
+
     def named_code(self) -> dict[str, str | list[str]]:
         found = super().named_code()
         if any(":" in name and built_in(name) is None and not Path(name).is_dir() for name in self.rewards):
@@ -100,6 +105,15 @@ class OnlineConfig(AnswerConfig):
     def reward_names(self) -> list[str]:
         """`rewards`; a judge that is named is one of them, and the only one where there is none."""
         return self.rewards or (["judge"] if self.judge.is_named else [])
+
+    @property
+    def unpredicted(self) -> str | None:
+        if any(Path(name).is_dir() for name in self.rewards) or (self.judge.model and not self.judge.url):
+            return "the model that rewards lies on the device, too"
+        return super().unpredicted
+
+    def longest(self, sample: Sample) -> list[Sample]:
+        return [Sample(sample.index, sample.prompt, ((0,) * self.max_completion_length,))] * self.num_generations
 
     @property
     def truncated_sampling(self) -> bool:
@@ -152,7 +166,7 @@ def reward_functions(config: OnlineConfig, *, models: bool = True) -> list[Rewar
         elif Path(name).is_dir():
             if not models:
                 continue
-            model = RewardModel(name, max_tokens=config.max_tokens)
+            model = RewardModel(name, max_tokens=config.token_limit)
             found.append(Reward(model.name, model, weight))
         else:
             found += load_rewards([name], [weight])

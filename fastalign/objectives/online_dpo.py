@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.data.config import DataConfig
 from fastalign.data.prompts import Prompts
 from fastalign.errors import ConfigError
+from fastalign.models.reference import copied
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.dpo import DPO, DPOConfig, loss_function
 from fastalign.objectives.online import OnlineConfig
@@ -70,11 +71,14 @@ class OnlineDPOConfig(OnlineConfig):
             logits_budget=self.logits_budget,
         )
 
+    def longest(self, sample: Sample) -> list[Sample]:
+        return [Sample(sample.index, sample.prompt, ((0,) * self.max_completion_length,) * 2)]
+
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Prompts:
         data = super().load_data(tokenizer, vocab_size)
         longest = max((*data.samples, *data.eval_samples), key=lambda sample: len(sample.prompt))
-        pair = Sample(longest.index, longest.prompt, ((0,) * self.max_completion_length,) * 2)
-        if (needed := packed_tokens(pair, share=self.share_prompts)) > self.max_tokens:
+        (pair,) = self.longest(longest)
+        if (needed := packed_tokens(pair, share=self.share_prompts)) > self.token_limit:
             raise ConfigError(
                 f"max_tokens {self.max_tokens} is less than a pair of the longest answers ({self.max_completion_length}) to the longest "
                 f"prompt (row {longest.index}, {len(longest.prompt)} tokens); set --max_tokens {needed} or more"
@@ -142,6 +146,10 @@ class OnlineDPO(Buffered):
             first = self.groups.start * config.num_generations
             return [_pair(answers[first], answers[first + 1], self.rollouts, weight=0.0)]
         return [_pair(answers[c], answers[r], self.rollouts) for c, r in pairs]
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return copied(self.dpo.reference)
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
         return self.dpo.denominators(samples)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.advantages import gae, whiten
 from fastalign.data.prompts import Prompts
@@ -17,7 +17,7 @@ from fastalign.losses.policy import KL_ESTIMATES, ppo_clip
 from fastalign.losses.value import clipped_value_loss
 from fastalign.models.adapters import critic_adapter
 from fastalign.models.critic import add_critic, value_head
-from fastalign.models.reference import token_logps
+from fastalign.models.reference import copied, token_logps
 from fastalign.models.trunk import evaluation, trunk
 from fastalign.objectives.base import Dataset
 from fastalign.objectives.online import OnlineConfig
@@ -81,6 +81,10 @@ class PPOConfig(OnlineConfig):
         for option in ("top_k", "top_p", "min_p"):
             self._require_use(option, False, "grpo and rloo, which weigh what another distribution drew")
         self._require_use("refill", False, "grpo and rloo: a critic learns from answers that were all rewarded alike, too")
+
+    @property
+    def unpredicted(self) -> str | None:
+        return "critic adapter runs the model a second time" if self.critic == "adapter" else super().unpredicted
 
     def load_model(self, tokenizer: Any) -> Any:
         factor = self.value_learning_rate / self.learning_rate if self.value_learning_rate is not None else 1.0
@@ -173,6 +177,10 @@ class PPO(Buffered):
             hidden = trunk(self.model, batch).hidden.index_select(0, batch.live)
             logps = self.head.logps(hidden, batch.live_target, live_rows=len(batch.live_target), **how).logps
             return torch.stack((logps, self.value(hidden)), 1)
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return copied(self.rollout.reference)
 
     def denominators(self, samples: Sequence[Sample]) -> dict[str, float]:
         assert self.rollouts is not None and self.earned is not None

@@ -26,6 +26,7 @@ class RewardConfig(RunConfig):
     """Reward model: a score head on a causal LM that rates the better answer higher."""
 
     name: ClassVar[str] = "reward"
+    divides_head: ClassVar[bool] = False
 
     data: RankedDataConfig = field(default_factory=RankedDataConfig)
     learning_rate: float = 1e-4

@@ -261,7 +261,7 @@ class Rollout:
         def score(batch: PackedBatch) -> Tensor:
             return found(batch.to(device)).float().cpu()
 
-        return torch.cat(per_sample(samples, self.config.max_tokens, score, rows=rows, share=self.config.share_prompts))
+        return torch.cat(per_sample(samples, self.config.token_limit, score, rows=rows, share=self.config.share_prompts))
 
     def shown(self, rollouts: Rollouts, answers: Sequence[int]) -> list[dict[str, Any]]:
         """These answers as a reader wants them: text, length, rewards by name (None where a function had nothing to say), and their

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastalign.errors import ConfigError
 from fastalign.models.trunk import causal_lm, evaluation, stock_attention
+from fastalign.pausing import pause
 
 
 class Completion(NamedTuple):
@@ -115,6 +116,7 @@ class _Sampler:
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        pause()
         log_p = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)
         if self.temperature:
             log_p = truncate(log_p, **self.truncation)

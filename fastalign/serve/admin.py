@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastalign.errors import DataError, ModelError, StoreConflictError
+from fastalign.errors import DataError
 from fastalign.serve.config import ServeConfig
 from fastalign.serve.engine import Engine
 from fastalign.serve.guard import Caller, json_response, read_body
-from fastalign.serve.records import Version
-from fastalign.serve.store import Store, check_live
+from fastalign.serve.store import Store
+from fastalign.serve.swaps import Swaps
 from fastalign.serve.wire import ApiError, parse_metrics, parse_promotion, parse_rollback, parse_version
 
 
@@ -23,13 +22,13 @@ class Admin:
     """The operations over a store and an engine."""
 
     def __init__(self, config: ServeConfig, store: Store, engine: Engine) -> None:
-        self.config, self.store, self.engine = config, store, engine
+        self.config, self.store, self.swaps = config, store, Swaps(store, engine)
 
     async def versions(self, request: Request, caller: Caller) -> Response:
-        """All versions, with how many answers each gave."""
+        """All versions, with how many answers each gave, and the database that holds them."""
         versions, counts = await asyncio.to_thread(lambda: (self.store.versions(), self.store.answer_counts()))
         rows = [{**asdict(version), "answers": counts.get(version.name, 0)} for version in versions]
-        return json_response({"object": "list", "data": rows})
+        return json_response({"object": "list", "data": rows, "database": str(Path(self.config.data).resolve())})
 
     async def feedback(self, request: Request, caller: Caller) -> Response:
         """Feedback that counts, per day, version and kind."""
@@ -60,33 +59,12 @@ class Admin:
         "expected" of the body, which may be left out, says which version it should replace.
         """
         expected = parse_promotion(await read_body(request, self.config.max_body, optional=True))
-        return json_response(asdict(await asyncio.to_thread(self._promote, request.path_params["name"], expected)))
+        return json_response(asdict(await asyncio.to_thread(self.swaps.promote, request.path_params["name"], expected)))
 
     async def roll_back(self, request: Request, caller: Caller) -> Response:
         """Answer with the version that was live before; "to" says which one that should be."""
         to, reason = parse_rollback(await read_body(request, self.config.max_body))
-        return json_response(asdict(await asyncio.to_thread(self._roll_back, to, reason)))
-
-    def _promote(self, name: str, expected: str | None) -> Version:
-        version = self.store.version(name)
-        if version.state == "live" and self.engine.models.current.version == name:
-            return version
-        if version.state != "live":
-            check_live(self.store.live_version(), expected)  # before anything is read; what counts is that it is so at the change
-        return self._swap(version, lambda: self.store.promote(name, expected=expected))
-
-    def _roll_back(self, to: str | None, reason: str) -> Version:
-        target = self.store.rollback_target()
-        if to is not None and to != target.name:
-            raise StoreConflictError(f"a roll-back leads to version {target.name!r}, not to {to!r:.80}; look again")
-        return self._swap(target, lambda: self.store.roll_back(target.name, reason=reason))
-
-    def _swap(self, version: Version, commit: Any) -> Version:
-        try:
-            return self.engine.swap(version.name, version.folder, commit)
-        except ModelError as error:
-            self.store.add_event("refused", {"version": version.name, "reason": str(error)})
-            raise
+        return json_response(asdict(await asyncio.to_thread(self.swaps.roll_back, to, reason)))
 
     def _inside(self, folder: str) -> Path:
         root = self.config.version_folder

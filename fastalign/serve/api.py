@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ class Api:
         return {"id": self.config.model_name, "object": "model", "created": self.created, "owned_by": "fastalign", "version": version}
 
 
-def create_app(config: ServeConfig, store: Store, engine: Engine) -> Starlette:
-    """The application over a store and an engine, which it ends when it ends.
+def create_app(config: ServeConfig, store: Store, engine: Engine, stop: Callable[[], None] | None = None) -> Starlette:
+    """The application over a store and an engine, which it ends when it ends; before that it calls `stop`.
 
     Raises TemplateError where the model's tokenizer has no chat template.
     """
@@ -103,6 +103,8 @@ def create_app(config: ServeConfig, store: Store, engine: Engine) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        if stop is not None:
+            await asyncio.to_thread(stop)
         await asyncio.to_thread(engine.stop)
         await asyncio.to_thread(store.close)
 

@@ -33,6 +33,9 @@ class ServeConfig:
     timeout: float = 5.0  # seconds to wait for a locked database
     grace: int = 60  # seconds that running answers have after SIGTERM
     cors: list[str] = field(default_factory=list)  # origins whose pages may call the service, such as https://example.org
+    loop: str = ""  # YAML file of fastalign online: learn from the feedback in this process, on the model that answers, by turns
+    memory_budget: float | None = None  # GiB that this learning may take beside the weights; null: all that is free
+    patience: float = 1.0  # seconds for which it waits while requests keep coming; 0: it has every other turn
     log_prompts: bool = False  # write conversations into the log
 
     def validate(self) -> None:
@@ -46,6 +49,12 @@ class ServeConfig:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
         if not self.timeout > 0:
             raise ConfigError(f"timeout must be positive, got {self.timeout}")
+        if not self.loop and (self.memory_budget, self.patience) != (None, 1.0):
+            raise ConfigError("memory_budget and patience count only where this process learns; set --loop loop.yaml")
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise ConfigError(f"memory_budget must be positive, or null, got {self.memory_budget}")
+        if not 0 <= self.patience < float("inf"):
+            raise ConfigError(f"patience must be 0 or more and finite, got {self.patience}")
         if "*" in self.cors:
             raise ConfigError("cors must name origins; '*' would let every page on the web use the tokens that it is given")
         if not Path(self.model).is_dir():

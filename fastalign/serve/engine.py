@@ -121,7 +121,8 @@ class Engine:
         before stays. Blocks the calling thread until the answers that are being made have ended; requests wait meanwhile and are
         answered by the new version. A whole model is read while the one before still answers.
         """
-        model = self.models.read(folder)
+        with self.models.turns.serving():  # beside the answers, but not beside training
+            model = self.models.read(folder)
 
         def change() -> Any:
             installed = self.models.install(version, folder, model)
@@ -165,14 +166,19 @@ class Engine:
                 continue
             call, future = order
             try:
-                future.set_result(call())
+                with self.models.turns.serving(self._has_more):
+                    result = call()
+                future.set_result(result)
             except Exception as error:
                 future.set_exception(error)
+
+    def _has_more(self) -> bool:
+        return bool(self._jobs or self._orders or self._batch)
 
     def _stretch(self) -> None:
         """Some steps with the current version; the model is used nowhere else."""
         try:
-            with self.models.serving() as model, evaluation(model), stock_attention(model):
+            with self.models.turns.serving(self._has_more), self.models.serving() as model, evaluation(model), stock_attention(model):
                 for _ in range(STRETCH):
                     self._begin(model, self._joining())
                     if self._batch is None:

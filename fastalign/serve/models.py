@@ -6,7 +6,7 @@ One thread at a time may call `install`, `activate`, `serving` and `remove`; `re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from fastalign.errors import ModelError
 from fastalign.models.adapters import check_adapter_folder
 from fastalign.models.config import ModelConfig
 from fastalign.models.load import prepare, read_model
+from fastalign.models.shared import SharedWeights
 from fastalign.models.trunk import evaluation, stock_attention, text_config
+from fastalign.serve.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,23 @@ class Installed:
 
 
 class Models:
-    """The base model in `options.path`, and what is installed beside it. Raises ModelError and TemplateError where it cannot be loaded."""
+    """The base model in `options.path`, and what is installed beside it. Raises ModelError and TemplateError where it cannot be loaded.
 
-    def __init__(self, options: ModelConfig) -> None:
+    `weights` are those of the base model where they are in memory already; what is installed here is in no other model on them.
+    """
+
+    def __init__(self, options: ModelConfig, weights: SharedWeights | None = None) -> None:
         if (Path(options.path) / "adapter_config.json").is_file():
             raise ModelError(f"{options.path} is an adapter; serve its base model, and add the adapter as a version")
         self.options = options
         self.tokenizer = load_tokenizer(options.path, trust_remote_code=options.trust_remote_code)
-        self.base = self._read(options.path)
+        self.weights = weights or SharedWeights(options)
+        self.base = self.weights.model().eval()
         self.window = context_window(options.path) or getattr(text_config(self.base), "max_position_embeddings", None)
         ends = self.base.generation_config.eos_token_id if self.base.generation_config else None
         several = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.eos = frozenset([self.tokenizer.eos_token_id, *several])
+        self.turns = Turns()
         self.current = Installed("")
         self._peft: Any = None  # a PeftModel around the base model while there is an adapter
         self._count = 0
@@ -93,6 +100,10 @@ class Models:
         else:
             self._peft.set_adapter(next(name for name in self._peft.peft_config if name != installed.adapter), inference_mode=True)
             self._peft.delete_adapter(installed.adapter)
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Around what is computed with their hidden states and heads outside of `serving`."""
+        return nullcontext()
 
     @contextmanager
     def serving(self, installed: Installed | None = None) -> Iterator[Any]:

@@ -48,6 +48,8 @@ def _paths() -> dict[str, Any]:
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     completion = _answer("an answer, or with stream: true its chunks as server-sent events", _ref("Completion"))
     completion["200"]["content"]["text/event-stream"] = {"schema": {}}
+    versions = _list(_ref("Version"))
+    versions["properties"]["database"] = TEXT
     version = _answer("the version", _ref("Version"))
     return {
         "/v1/chat/completions": {"post": _operation("complete", "Answer a conversation", completion, _ref("ChatRequest"))},
@@ -58,7 +60,7 @@ def _paths() -> dict[str, Any]:
             "get": _operation("model", "The model by its name", _answer("the model", _ref("Model"))),
         },
         "/admin/versions": {
-            "get": _operation("versions", "All versions", _answer("the oldest first", _list(_ref("Version")))),
+            "get": _operation("versions", "All versions", _answer("the oldest first, and where they are kept", versions)),
             "post": _operation("add_version", "Add a candidate", _answer("added", _ref("Version"), 201), _ref("NewVersion")),
         },
         "/admin/versions/{name}/promote": {

@@ -11,6 +11,7 @@ from fastalign.errors import DataError
 State = Literal["candidate", "live", "retired", "rolled_back"]
 Kind = Literal["thumb", "choice", "rating", "edit"]
 Role = Literal["user", "operator"]
+BASE = "base"  # the version that is the base model itself
 KINDS: tuple[Kind, ...] = ("thumb", "choice", "rating", "edit")
 MAX_REASON, MAX_COMPARED, MAX_RATING = 4000, 16, 1e9  # characters of a reason; answers of a choice; size of a rating
 

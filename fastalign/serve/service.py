@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastalign.errors import ConfigError, DependencyError, ModelError
 from fastalign.models.config import ModelConfig
 from fastalign.serve.config import ServeConfig
+from fastalign.serve.records import BASE
 from fastalign.serve.store import Store
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastalign")
 
-BASE = "base"  # the version that is the base model itself
 SWITCH = 0.0005  # seconds that the event loop waits for the thread that computes; Python's 0.005, for each of a reply's turns, add up
 
 
@@ -70,7 +70,15 @@ def build(config: ServeConfig) -> Any:
             _go_live(config, store, engine)
             if not config.open and not any(token.revoked is None for token in store.tokens()):
                 log.warning("no tokens yet, so nobody gets in: fastalign serve token add --data %s --role user", config.data)
-            return create_app(config, store, engine)
+            if not config.loop:
+                return create_app(config, store, engine)
+            from fastalign.serve.loop.beside import Learner
+
+            models.turns.patience = config.patience
+            learner = Learner(config, store, engine)
+            app = create_app(config, store, engine, learner.stop)
+            learner.start()
+            return app
         except BaseException:
             engine.stop()
             raise

@@ -208,17 +208,21 @@ class Store:
 
         return self.database.write(work)
 
-    def feedback(self, *, after: int = 0, kind: Kind | None = None, version: str | None = None) -> Iterator[Feedback]:
+    def feedback(
+        self, *, after: int = 0, upto: int | None = None, kind: Kind | None = None, version: str | None = None
+    ) -> Iterator[Feedback]:
         """What counts: the last feedback of each user, kind and subject, with an id over `after`, in the order in which it came.
 
+        upto             as if nothing had come with an id over this one: what is added later changes nothing
         kind, version    only feedback of that kind, only on answers of that version
         """
         query = (
-            "SELECT f.*, f.id AS place FROM feedback f JOIN answers a ON a.id = f.answer WHERE f.id > ?1 AND (?2 IS NULL OR f.kind = ?2)"
-            " AND (?3 IS NULL OR a.version = ?3) AND NOT EXISTS (SELECT 1 FROM feedback g WHERE g.user = f.user AND g.kind = f.kind"
-            " AND g.subject = f.subject AND g.id > f.id)"
+            "SELECT f.*, f.id AS place FROM feedback f JOIN answers a ON a.id = f.answer WHERE f.id > ?1 AND f.id <= ?2"
+            " AND (?3 IS NULL OR f.kind = ?3) AND (?4 IS NULL OR a.version = ?4) AND NOT EXISTS (SELECT 1 FROM feedback g"
+            " WHERE g.user = f.user AND g.kind = f.kind AND g.subject = f.subject AND g.id > f.id AND g.id <= ?2)"
         )
-        return (_as_feedback(row) for row in self._pages(query, "f.id", (after, kind, version)))
+        last = 2**63 - 1 if upto is None else upto
+        return (_as_feedback(row) for row in self._pages(query, "f.id", (after, last, kind, version)))
 
     def history(self, answer_id: str) -> list[Feedback]:
         """All feedback whose answer this is, what was replaced later included, the oldest first."""

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastalign.objectives.base import RunConfig
+    from fastalign.train.host import Host
     from fastalign.train.loop import Callback, TrainResult
 
 
 class _CallablePackage(ModuleType):
-    def __call__(self, config: RunConfig, *, callbacks: Sequence[Callback] = ()) -> TrainResult:
-        from fastalign.train.loop import train
+    def __call__(self, config: RunConfig, *, callbacks: Sequence[Callback] = (), on: Host | None = None) -> TrainResult:
+        from fastalign.train.loop import ALONE, train
 
-        return train(config, callbacks=callbacks)
+        return train(config, callbacks=callbacks, on=on or ALONE)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

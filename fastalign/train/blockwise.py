@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from fastalign.errors import DependencyError
-from fastalign.train.rounding import generator_for, round_stochastically
+from fastalign.train.rounding import generator_for, random_bits, round_stochastically
 
 BLOCK = 1 << 22  # elements that are updated at a time: bounds the float32 temporaries, and changes no bit of the result
 QUANTIZED_BLOCK = 256  # elements that share a scale (bitsandbytes' own)
@@ -22,10 +22,12 @@ class BlockwiseAdamW(torch.optim.Optimizer):
 
     8 bits: block-wise dynamic quantization by bitsandbytes (Dettmers 2022, arXiv:2110.02861): a byte for each moment and 4 bytes for
     each 256 of them. With a `seed` a bfloat16 weight is updated in float32 and rounded stochastically, by random bits that depend on
-    the seed, the number of updates and the weight's name alone; without one it is rounded to the nearest.
+    the seed, the number of updates, the weight's name and the place in the weight alone; without one it is rounded to the nearest.
 
-    Groups hold `params` and their `names`. The state of a weight: `step` on the CPU, `exp_avg` and `exp_avg_sq` of its shape, float32 or
-    uint8, and for uint8 `exp_avg_scale` and `exp_avg_sq_scale` (ceil(numel / 256),). Raises DependencyError without bitsandbytes.
+    Groups hold `params`, their `names` and, where those are parts of weights, their `places`: (first element, elements of the whole
+    weight). A part is then updated to the bits that it has in a whole weight. The state of a weight: `step` on the CPU, `exp_avg` and
+    `exp_avg_sq` of its shape, float32 or uint8, and for uint8 `exp_avg_scale` and `exp_avg_sq_scale` (ceil(numel / 256),). Raises
+    DependencyError without bitsandbytes.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         if self.found_inf is not None and bool(self.found_inf):
             return
         for group in self.param_groups:
-            for name, p in zip(group["names"], group["params"]):
+            places = group.get("places") or [(0, p.numel()) for p in group["params"]]
+            for name, p, place in zip(group["names"], group["params"], places):
                 if p.grad is not None:
-                    self._update(name, p, group)
+                    self._update(name, p, group, place)
 
     def initial_state(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a weight that was never updated."""
@@ -65,7 +68,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
                 state[f"{moment}_scale"] = torch.zeros(scales_of(p, "_scale") or 0, device=p.device)
         return state
 
-    def _update(self, name: str, p: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, name: str, p: nn.Parameter, group: dict[str, Any], place: tuple[int, int]) -> None:
         assert p.grad is not None
         state = self.state[p]
         if not state:
@@ -75,15 +78,15 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         rounds = self.seed is not None and p.dtype == torch.bfloat16
         generator = generator_for(p.device, self.seed, int(step), name) if rounds else None
         weight, grad = p.detach().reshape(-1), p.grad.reshape(-1)
-        for part in _blocks(p.numel()):
+        for part, random in _parts(p.numel(), place, generator):
             block, g = weight[part], grad[part]
             wide = block if not rounds else block.float()
             if state["exp_avg"].dtype == torch.uint8:
                 self._update_8bit(wide, g.to(wide.dtype), state, part, group, step)
             else:
                 _update_32bit(wide, g, state, part, group, step)
-            if generator is not None:
-                block.copy_(round_stochastically(wide, generator))
+            if random is not None:
+                block.copy_(round_stochastically(wide, random=random))
         if not p.is_contiguous():  # reshape made a copy
             p.copy_(weight.view(p.shape))
 
@@ -118,6 +121,21 @@ def _update_32bit(w: Tensor, g: Tensor, state: dict[str, Tensor], part: slice, g
 def scales_of(p: Tensor, statistic: str) -> int | None:
     """Numbers that a statistic named `*_scale` of weight `p` holds; None of any other."""
     return -(-p.numel() // QUANTIZED_BLOCK) if statistic.endswith("_scale") else None
+
+
+def _parts(size: int, place: tuple[int, int], generator: torch.Generator | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """The blocks of a part of `size` elements at `place` of a weight, with random bits: all of the weight's are drawn, block by block."""
+    if generator is None:
+        yield from ((part, None) for part in _blocks(size))
+        return
+    first, whole = place
+    for block in _blocks(whole):
+        if block.start >= first + size:
+            return
+        random = random_bits(block.stop - block.start, generator)
+        part = slice(max(block.start, first), min(block.stop, first + size))
+        if part.start < part.stop:
+            yield slice(part.start - first, part.stop - first), random[part.start - block.start : part.stop - block.start]
 
 
 def _blocks(size: int) -> Iterator[slice]:

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastalign.errors import CheckpointError, OutputError
+from fastalign.models.divided_head import whole_shape
 from fastalign.ranks import Ranks
 from fastalign.train.folder import TEMPORARY, publish, writing
 
@@ -251,10 +252,8 @@ def restore_weights(
         raise CheckpointError(f"{path}: of another model: {len(names)} weights exist on one side only, such as {names[0]}")
     with torch.no_grad():
         for name, value in saved.items():
-            if weights[name].shape != value.shape:
-                raise CheckpointError(
-                    f"{path}: of another model: {name} is {tuple(value.shape)} there and {tuple(weights[name].shape)} here"
-                )
+            if (shape := whole_shape(weights[name])) != value.shape:
+                raise CheckpointError(f"{path}: of another model: {name} is {tuple(value.shape)} there and {tuple(shape)} here")
             copy(weights[name], value)
 
 

@@ -28,7 +28,7 @@ Config = TypeVar("Config")
 # A resumed run may change these and nothing else: none of them touches the model, the data or their order.
 RESUME_MAY_CHANGE = frozenset(
     {"output", "resume", "overwrite", "loggers", "log_every", "eval_every", "save_every", "keep_checkpoints", "profile", "model.device"}
-    | {"parallel.shard", "parallel.replicas"}
+    | {"parallel.shard", "parallel.replicas", "parallel.head"}
     | {f"vllm.{name}" for name in ("url", "model", "adapter_folder", "api_key_env", "timeout", "retries", "workers")}
     | {f"vllm_local.{name}" for name in ("gpu_memory_utilization", "sleep", "enforce_eager", "folder")}
 )
@@ -88,6 +88,8 @@ def resume_config(argv: Sequence[str], config_class: type[Config], run: Path) ->
     config = parse(argv, config_class, base=saved)
     _check_named(argv, config, run)
     before, after = flat(load(saved, config_class)), flat(config)
+    if after.get("max_tokens") == "auto":  # the run has settled on a number
+        config.max_tokens = after["max_tokens"] = before["max_tokens"]  # type: ignore[attr-defined]
     for name, value in after.items():
         if name not in RESUME_MAY_CHANGE and value != before[name]:
             raise ConfigError(
@@ -108,6 +110,12 @@ def _check_named(argv: Sequence[str], config: Any, run: Path) -> None:
         )
         words = " ".join(f"--{name} {value if isinstance(value, str) else shlex.quote(json.dumps(value))}" for name, value in left.items())
         raise ConfigError(f"{run / 'config.yaml'}: {names}, which runs only where you name it yourself; to resume add {words}")
+
+
+def from_mapping(content: dict[str, Any], config_class: type[Config], where: str) -> Config:
+    """The config of a mapping like that of a YAML file; errors begin with `where`. Raises ConfigError as `parse` does."""
+    table = options(config_class)
+    return _build(config_class, "", _converted(content, table, where), MISSING)
 
 
 def given_options(argv: Sequence[str], config_class: type) -> dict[str, Any]:
@@ -207,22 +215,25 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path, table: dict[str, Option]) -> dict[str, Any]:
-    content = read_mapping(path)
+    return _converted(read_mapping(path), table, str(path))
+
+
+def _converted(content: dict[Any, Any], table: dict[str, Option], where: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
-    for name, value in _flatten(content, table, path, ""):
-        option = _find(name, table, f"{path}: option ")
-        given[option.name] = convert(option, value, f"{path}: {option.name}")
+    for name, value in _flatten(content, table, ""):
+        option = _find(name, table, f"{where}: option ")
+        given[option.name] = convert(option, value, f"{where}: {option.name}")
     return given
 
 
-def _flatten(content: dict[Any, Any], table: dict[str, Option], path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flatten(content: dict[Any, Any], table: dict[str, Option], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         name = f"{prefix}{key}".replace("-", "_")
         section = any(other.startswith(f"{name}.") for other in table)
         if value is None and section:  # a heading whose options are all commented out
             continue
         if isinstance(value, dict) and name not in table:
-            yield from _flatten(value, table, path, f"{name}.")
+            yield from _flatten(value, table, f"{name}.")
         else:
             yield name, value
 

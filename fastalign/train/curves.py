@@ -139,6 +139,38 @@ def plot(curve: Curve, train: Sequence[Row], evals: Sequence[Row]) -> Figure | N
     return figure
 
 
+@dataclass(frozen=True)
+class Rate:
+    """A share with its interval, as a point of a curve."""
+
+    place: int
+    rate: float
+    low: float
+    high: float
+    good: bool
+
+
+def draw_rates(rates: Sequence[Rate], x: str, y: str) -> bytes:
+    """A PNG of shares in order, green where they are good and else orange, beside the line of one half."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6.4, 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([one.place for one in rates], [one.rate for one in rates], color=BLUE, linewidth=1, zorder=0)
+    for one in rates:
+        # Wilson's interval has another centre than the rate, and at the ends of the scale may leave it out.
+        around = [[max(0.0, one.rate - one.low)], [max(0.0, one.high - one.rate)]]
+        axes.errorbar(one.place, one.rate, around, fmt="o", color=GREEN if one.good else ORANGE, ecolor=GREY, capsize=3)
+    axes.axhline(0.5, color=GREY, linestyle="--", linewidth=0.8)
+    axes.set(xlabel=x, ylabel=y, ylim=(-0.02, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of the last `window` values at every point (fewer at the start).
 

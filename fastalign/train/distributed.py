@@ -3,14 +3,15 @@
 The layers of the decoder are FSDP2's (`fully_shard`, one group of parameters each): gathered when they run, their gradient reduced as
 it is made. All else, above all the embedding and the head, whose operator wants the whole weight, is whole on every process: its
 gradient is reduced once a step, in float32 where the weights have float32 copies, every process updates its rows, and the rows are
-gathered once a step. With shard optimizer that goes for the layers, too.
+gathered once a step. With shard optimizer that goes for the layers, too. With head vocab every process has its rows of the head alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastalign.errors import ConfigError, ModelError
+from fastalign.models.divided_head import DividedHead, divide_head, divided_head, whole_shape
 from fastalign.models.trunk import causal_lm, decoder
-from fastalign.objectives.base import RunConfig
+from fastalign.objectives.base import Copying, Objective, RunConfig
 from fastalign.ranks import Ranks
 from fastalign.train.optim import Division
 from fastalign.types import Sample
@@ -43,6 +45,9 @@ class Alone:
         """All weights are here inside, so that processes may run the model as often as each of them likes."""
         yield
 
+    def divide_copies(self, objective: Objective) -> None:
+        """Divide what further models of the objective have in common with the one that is trained."""
+
     def idle(self, bins: Sequence[Sequence[Bin]], index: int) -> list[Bin]:
         """What rank `index`, with its share of `bins`, runs for nothing while others have more of them to run."""
         return []
@@ -52,7 +57,7 @@ class Alone:
 
 
 class Divided(Alone):
-    """The weights of a model of several processes, divided by `config.parallel`; called after the objective has been built."""
+    """The weights of a model of several processes, divided by `config.parallel`: what is on the host goes to `device`, layer by layer."""
 
     def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
         self.model, self.ranks = model, ranks
@@ -62,6 +67,11 @@ class Divided(Alone):
         self.layers: list[Any] = []
         if self.in_step:
             self.layers = _divide_layers(model, mesh if replicas > 1 else mesh["shard"], config)
+        self.heads: list[DividedHead] = []
+        if config.parallel.head == "vocab":
+            self.in_step = True
+            divide_head(model, mesh["shard"].get_group(), self.heads)
+        _bring(model, device)
         self.division = _Rows(ranks, mesh, device)
 
     @contextmanager
@@ -70,11 +80,19 @@ class Divided(Alone):
             layer.unshard()
             layer.set_reshard_after_forward(False)
         try:
-            yield
+            with ExitStack() as stack:
+                if self.heads:
+                    stack.enter_context(self.ranks.serving(self.heads[0].serve))
+                yield
         finally:
             for layer in self.layers:
                 layer.set_reshard_after_forward(True)
                 layer.reshard()
+
+    def divide_copies(self, objective: Objective) -> None:
+        if self.heads and isinstance(objective, Copying):
+            for copy in objective.copies:
+                divide_head(copy, self.heads[0].exchange.group, self.heads)
 
     def idle(self, bins: Sequence[Sequence[Bin]], index: int) -> list[Bin]:
         if not self.in_step:
@@ -83,6 +101,8 @@ class Divided(Alone):
         return [shortest] * (max(map(len, bins)) - len(bins[index]))
 
     def make_whole(self) -> None:
+        if self.heads:
+            self.heads[0].make_whole()
         for module in self.model.modules():
             for name, parameter in list(module._parameters.items()):
                 if isinstance(parameter, DTensor):
@@ -102,13 +122,20 @@ class _Rows(Division):
         self.shard, self.replicas = mesh["shard"].get_group(), mesh["replicate"].get_group()
         self.index, self.size = mesh["shard"].get_local_rank(), mesh["shard"].size()
 
-    def rows(self, tensor: Tensor) -> Tensor:
+    def rows(self, tensor: Tensor, of: Tensor | None = None) -> Tensor:
         if isinstance(tensor, DTensor):
             return tensor.to_local()
-        return _part(tensor, self.index, self.size)
+        return tensor if of is not None and divided_head(of) is not None else _part(tensor, self.index, self.size)
+
+    def place(self, weight: nn.Parameter) -> tuple[int, int]:
+        shape = whole_shape(weight)
+        if not shape:
+            return 0, 1
+        rows = min(self.index * -(-shape[0] // self.size), shape[0])
+        return rows * math.prod(shape[1:]), math.prod(shape)
 
     def parameter(self, weight: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(self.rows(weight.detach()))
+        return nn.Parameter(self.rows(weight.detach(), weight))
 
     def masters(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         return {name: self.parameter(weight) for name, weight in weights.items() if hasattr(weight, "working_dtype")}
@@ -116,11 +143,13 @@ class _Rows(Division):
     def copy(self, weight: Tensor, value: Tensor) -> None:
         if isinstance(weight, DTensor):
             weight.to_local().copy_(_part(value, self.index, self.size))
+        elif divided_head(weight) is not None:
+            weight.copy_(_part(value, self.index, self.size))
         else:
             weight.copy_(value)
 
     def kept(self, weight: nn.Parameter) -> Tensor:
-        part = self.rows(weight.detach())
+        part = self.rows(weight.detach(), weight)
         return part.to(weight.working_dtype) if hasattr(weight, "working_dtype") else part
 
     def reduce(self, weights: Mapping[str, nn.Parameter], updated: Mapping[str, nn.Parameter]) -> None:
@@ -128,9 +157,12 @@ class _Rows(Division):
         for name, weight in weights.items():
             if isinstance(weight, DTensor):
                 updated[name].grad = None if weight.grad is None else weight.grad.to_local()  # type: ignore[attr-defined]
+            elif divided_head(weight) is not None:
+                grad = getattr(weight, "main_grad", weight.grad)
+                updated[name].grad = None if grad is None else self._of_replicas(grad).to(updated[name].dtype)
             elif (grad := getattr(weight, "main_grad", weight.grad)) is not None:
                 whole[name] = grad
-        names = [name for name, weight in weights.items() if not isinstance(weight, DTensor)]
+        names = [name for name, weight in weights.items() if not _is_divided(weight)]
         here = self.ranks.gather([name in whole for name in names])
         wanted = [name for name, *flags in zip(names, *here) if any(flags)]
         for name in set(names) - set(wanted):
@@ -146,7 +178,7 @@ class _Rows(Division):
         return local.sqrt().float()
 
     def spread(self, weights: Mapping[str, nn.Parameter]) -> None:
-        whole = [weight.detach() for weight in weights.values() if not isinstance(weight, DTensor)]
+        whole = [weight.detach() for weight in weights.values() if not _is_divided(weight)]
         for bucket in _buckets(whole):
             widths = [_width(weight, self.size) for weight in bucket]
             sent = bucket[0].new_zeros(sum(widths))
@@ -161,6 +193,14 @@ class _Rows(Division):
 
     def names(self, names: list[str]) -> list[str]:
         return sorted(set().union(*map(set, self.ranks.gather(names))))
+
+    def _of_replicas(self, grad: Tensor) -> Tensor:
+        """The sum of the gradients that the groups have, in float32 at least."""
+        if self.replicas.size() == 1:
+            return grad
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=self.replicas)
+        return total
 
     def _reduced(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """This process's rows of the sums of `grads` over all processes, in float32 at least, in the same order."""
@@ -185,6 +225,42 @@ class _Rows(Division):
 def of(model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> Alone:
     """The weights of `model` as this run has them."""
     return Divided(model, config, ranks, device) if ranks.size > 1 else Alone()
+
+
+def is_divided_first(config: RunConfig, ranks: Ranks) -> bool:
+    """Whether a model is divided as soon as it has been read, so that a process never holds more than its share and a layer.
+
+    The weights are then read to the host, where they are pages of their files, and go to the device layer by layer. An objective
+    that makes a copy of the model, and kernels that are chosen by the device, need a whole one.
+    """
+    return ranks.size > 1 and config.parallel.shard == "full" and not config.copies_model and not config.model.liger_kernels
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where the model is trained."""
+    name = config.model.device
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def on_host(config: RunConfig) -> RunConfig:
+    """`config` with the model read to the host."""
+    return replace(config, model=replace(config.model, device="cpu"))
+
+
+def _bring(model: nn.Module, device: torch.device) -> None:
+    """Move to `device` what FSDP2 has left where it was; parameters keep their identity."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not isinstance(parameter, DTensor) and parameter.device.type != device.type:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != device.type:
+                module._buffers[name] = buffer.to(device)
+
+
+def _is_divided(weight: Tensor) -> bool:
+    """Whether this process holds its rows of `weight` alone."""
+    return isinstance(weight, DTensor) or divided_head(weight) is not None
 
 
 def _part(tensor: Tensor, index: int, size: int) -> Tensor:
@@ -244,6 +320,9 @@ def _divide_layers(model: nn.Module, mesh: Any, config: RunConfig) -> list[Any]:
             if policy.param_dtype is not None:
                 p.working_dtype = policy.param_dtype  # type: ignore[attr-defined]
     fully_shard(trunk, mesh=mesh, reshard_after_forward=False, ignored_params=outside)
+    for before, layer in zip([layers[0], *layers], layers):
+        # FSDP2 by itself fetches what ran before a layer, which may be a rollout, and some processes have none: they would wait for ever.
+        layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]  # the first one names itself, which is there
     for module in (*layers, trunk):
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # denominators are the step's: gradients add up

@@ -36,6 +36,7 @@ from fastalign.models.value_head import is_reward_model, load_reward_model, scor
 from fastalign.objectives.dpo import DPOConfig
 from fastalign.objectives.pairs import PairSlab, log_likelihood_weights
 from fastalign.packing import collate, pack
+from fastalign.pausing import pause
 from fastalign.segments import segment_sum
 from fastalign.train.config import write_text
 from fastalign.train.evaluation_page import RELIABILITY, figure_rows, reliability_rows, write_page
@@ -319,6 +320,7 @@ def by_sample(
     result: dict[int, Tensor] = {}
     bins: Iterable[list[int]] = pack([sample.num_tokens for sample in samples], max_tokens)
     for members in track(bins, label, console=Console(stderr=True), transient=True, disable=not (label and sys.stderr.isatty())):
+        pause()
         inside = [samples[i] for i in members]
         parts = score(collate(inside).to(device)).cpu().split([len(sample.completions) for sample in inside])
         result.update(zip(members, parts))

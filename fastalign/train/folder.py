@@ -121,11 +121,24 @@ def _content(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()} - {_LOCK}
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The folder `path`, created, with no second process inside this block. Raises OutputError."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        _lock(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _lock(handle: int, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise OutputError(f"{path}: another process is training in this folder; wait for it or choose another --output") from error
+        raise OutputError(f"{path}: another process is at work in this folder; wait for it or choose another --output") from error
     except OSError as error:
         logger.warning("%s: this file system has no locks (%s); see to it that no other process trains here", path, _reason(error))
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from fastalign.errors import ModelError
 from fastalign.head.function import PITCH
 from fastalign.head.plan import ROW_SCRATCH, Plan, make_plan
 from fastalign.models.embedding import accumulate_in_place
-from fastalign.models.trunk import causal_lm, text_config, trunk
+from fastalign.models.trunk import causal_lm, decoder, text_config, trunk
 from fastalign.objectives.base import RunConfig
+from fastalign.objectives.online import OnlineConfig
 from fastalign.packing import collate, pack_samples
 from fastalign.train.flops import head_weight
 from fastalign.train.holdings import holdings, total
@@ -35,6 +37,9 @@ from fastalign.types import PackedBatch, Sample, SharedPrompts
 BYTES_IN_NF4 = 4.127 / 8  # of a weight: 4 bits, and its share of doubly quantized scales
 ELSEWHERE = 1 << 28  # bytes of logits scratch on a CUDA device that is not here: what `default_budget` gives one of 24 GB
 MOST_PIECES = 4096  # of the batch times layers: beyond them a batch of a few sequences is run instead, which is faster
+SHALLOW = 8  # layers, of which all are run
+GRADIENT_PASSES = 5  # over a gradient: it is cleared, its norm is read, it is scaled (twice), and the update reads it
+LOGIT_PASSES = 2  # over a slab of logits besides its products: it is read, and its gradient written
 PIECES = 4  # sequences of the batch that is run: what they are cut into hardly changes what is kept
 
 # What holds memory, in the order of the table.
@@ -53,12 +58,25 @@ WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UP
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a micro-batch and an update do, whatever they keep: what is computed twice counts twice."""
+
+    products: float = 0.0  # FLOPs of the trunk's matrix products
+    attention: int = 0  # calls of attention kernels, of the forward and of forwards that are repeated
+    attention_backward: int = 0  # and of its backward
+    head: float = 0.0  # FLOPs
+    moved: float = 0.0  # bytes that everything else reads and writes
+    update: float = 0.0  # bytes that clipping and the optimizer read and write
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Bytes at the highest moment of a step, by part."""
 
     parts: dict[str, int]
     moment: str  # "micro-batch" or "optimizer"
     on_host: int = 0  # besides, in the host's memory
+    work: Work = field(default_factory=Work)
 
     @property
     def peak(self) -> int:
@@ -89,6 +107,8 @@ def footprint(
     device: torch.device | str = "cpu",
     batch: PackedBatch | None = None,
     shapes: Shapes | None = None,
+    known: dict[Any, tuple[dict[str, int], Work]] | None = None,
+    brief: bool = False,
 ) -> Footprint:
     """The highest moment of steps of `model` (on any device, meta included) whose largest micro-batch has `tokens` tokens.
 
@@ -97,6 +117,8 @@ def footprint(
     device       that training runs on: it decides the head's slabs
     batch        the micro-batch itself; None: a few sequences of the same length
     shapes       of all micro-batches; None: they are many, as in a long run on data of many lengths
+    known        of micro-batches without `batch` that have been run before, by all that they depend on; for those who ask often
+    brief        of a deep model only a few layers are run, and the others are taken to be like them
 
     From the second step on, that is: with the optimizer's state. The sampling of online training is not in it, nor the forward of a
     reference, which holds less than the step's own, nor what libraries and Python need. Raises ModelError for a model whose
@@ -120,14 +142,23 @@ def footprint(
     update = {**held, GRADIENTS: total(left.values()).gradient, UPDATE: optimizer.update}
 
     try:
-        own = _run(model, config, batch or _batch(tokens), max(1, rows), accumulates, device, shapes)
+        known = {} if known is None or batch is not None else known
+        key = (str(config.model), str(config.lora), config.master_weights, config.update_in_backward, config.logits_budget)
+        key += (config.name, tokens, rows, accumulates, device, brief)  # type: ignore[assignment]
+        if key not in known:
+            options = (config, batch or _batch(tokens), max(1, rows), accumulates, device, shapes)
+            known[key] = _run_of_few_layers(model, *options) if brief else _run(model, *options)
+        own, work = known[key]
     except Exception as error:  # whatever a model's own code makes of tensors without values
         name = type(causal_lm(model)).__name__
         raise ModelError(f"{name} cannot run on tensors without storage, so its memory is not predicted: {error}") from error
     step = {name: held[name] + own.get(name, 0) for name in PARTS}
     update[COMPILED] = step[COMPILED]
     moment = "micro-batch" if sum(step.values()) >= sum(update.values()) else "optimizer"
-    return Footprint(step if moment == "micro-batch" else update, moment, optimizer.on_host)
+    trained_bytes = sum(map(_bytes, trained.values()))
+    held_twice = trained_bytes + optimizer.master + optimizer.moments + optimizer.on_host  # is read and written
+    work = replace(work, update=2.0 * held_twice + GRADIENT_PASSES * total(each.values()).gradient)
+    return Footprint(step if moment == "micro-batch" else update, moment, optimizer.on_host, work)
 
 
 class Shapes:
@@ -174,7 +205,13 @@ def footprint_of_steps(model: nn.Module, config: RunConfig, steps: Iterable[Sequ
 
 def keeps_copy(config: Any) -> bool:
     """Whether the run holds a second model as its reference."""
-    return getattr(config, "reference", None) in ("copy", "stream") or bool(getattr(config, "sync_ref_model", False))
+    kind = getattr(config, "reference", None)
+    adapter = config.lora.enabled or (Path(config.model.path) / "adapter_config.json").is_file()
+    if isinstance(config, OnlineConfig):
+        return config.beta > 0 and (kind in ("copy", "stream") or (kind == "auto" and not adapter))
+    if kind == "auto" and getattr(config, "kl_scope", None) == "microbatch":  # KTO, whose rows cannot be known before
+        return not adapter
+    return kind in ("copy", "stream") or bool(getattr(config, "sync_ref_model", False))
 
 
 def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.device) -> Plan | None:
@@ -196,6 +233,9 @@ def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.devi
     )
 
 
+MATRICES = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.aten.bmm.default: 0}  # and their left operand
+
+
 class Ledger(TorchDispatchMode):
     """Counts the bytes of the storages that live, by the label of their allocation, and keeps the count of the highest moment."""
 
@@ -207,16 +247,30 @@ class Ledger(TorchDispatchMode):
         self.highest: dict[str, int] = {}
         self.total = self.peak = 0
         self.products: set[Any] = set()  # what products in 16 bits are compiled for
+        self.flops = self.moved = 0.0
+        self.attention = [0, 0]  # kernels of the forward and of the backward
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if key := product_key(func, args):
             self.products.add(key)
         result = func(*args, **(kwargs or {}))
+        self._count(func, args, result)
         pinned = bool(kwargs and kwargs.get("pin_memory"))  # an activation that waits in host memory (model.checkpoint_offload)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf, on_host=pinned)
         return result
+
+    def _count(self, func: Any, args: Any, result: Any) -> None:
+        """What an operator does: FLOPs of a product, a call of attention, or the bytes that it reads and writes."""
+        name = func.name()
+        if func in MATRICES:
+            self.flops += 2.0 * result.numel() * args[MATRICES[func]].shape[-1]
+        elif "scaled_dot_product" in name:
+            self.attention["backward" in name] += 1
+        elif not func.is_view and "empty" not in name:
+            tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)]
+            self.moved += sum(map(_bytes, tensors))
 
     def add(self, tensor: Tensor, label: str | None = None, *, on_host: bool = False) -> None:
         """Count the storage of `tensor` until it is released, if it is new; as nothing if it is `on_host` while the step is on a device."""
@@ -278,8 +332,8 @@ def _run(
     accumulates: bool,
     device: torch.device,
     shapes: Shapes | None,
-) -> dict[str, int]:
-    """The parts of the highest moment of one micro-batch, on fake tensors."""
+) -> tuple[dict[str, int], Work]:
+    """The parts of the highest moment of one micro-batch, on fake tensors, and what it does."""
     plan = head_plan(model, config, rows, device)
     before = torch.get_rng_state()
     try:
@@ -326,9 +380,35 @@ def _run(
                     found[COMPILED] = compiled_bytes(products, CAPACITY, CAPACITY)
                 else:
                     found[COMPILED] = shapes.compiled(products, found.get(ACTIVATIONS, 0), tokens)
-            return found
+            logits = 0.0 if weight is None or plan is None else float(rows) * weight.shape[0]
+            head = logits * weight.shape[1] * plan.nvd if weight is not None and plan is not None else 0.0
+            forwards, backwards = ledger.attention
+            return found, Work(ledger.flops, forwards, backwards, head, ledger.moved + LOGIT_PASSES * 4.0 * logits)
     finally:
         torch.set_rng_state(before)
+
+
+def _run_of_few_layers(model: nn.Module, *options: Any) -> tuple[dict[str, int], Work]:
+    """`_run`, from two runs with few layers, by the line through them."""
+    trunk_of = decoder(causal_lm(model))
+    stacks = [(name, stack) for name, stack in trunk_of.named_children() if isinstance(stack, nn.ModuleList)]
+    name, layers = max(stacks, key=lambda found: len(found[1]), default=("", nn.ModuleList()))
+    if len(layers) < SHALLOW:
+        return _run(model, *options)
+    few = 2 + len(layers) % 2  # layers may be of two kinds in turn
+    settings, runs = text_config(causal_lm(model)), []
+    try:
+        for count in (few, few + 2):
+            setattr(trunk_of, name, nn.ModuleList(list(layers)[:count]))
+            settings.num_hidden_layers = count
+            runs.append(_run(model, *options))
+    finally:
+        setattr(trunk_of, name, layers)
+        settings.num_hidden_layers = len(layers)
+    (parts, work), (more, more_work) = runs
+    steps = (len(layers) - few) // 2
+    work = Work(*(x + steps * (y - x) for x, y in zip(astuple(work), astuple(more_work))))
+    return {key: parts.get(key, 0) + steps * (more.get(key, 0) - parts.get(key, 0)) for key in parts | more}, work
 
 
 def _accumulated(ledger: Ledger, wide: bool, freed: bool, p: Any) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,12 +21,13 @@ from fastalign.data.tokenizer import head_vocab_size, load_tokenizer
 from fastalign.errors import DataError, DeviceMemoryError, ModelError, NumericsError
 from fastalign.models.adapters import POLICY, has_adapter
 from fastalign.models.critic import save_critic
-from fastalign.models.fingerprint import model_fingerprint
+from fastalign.models.fingerprint import keep_fingerprint, model_fingerprint
 from fastalign.models.heads import lm_head_weight
 from fastalign.models.save import save_final
 from fastalign.models.trunk import causal_lm
 from fastalign.objectives.base import Online, RunConfig, Stateful
 from fastalign.packing import collate, packed_tokens, spared_tokens
+from fastalign.pausing import pausing
 from fastalign.ranks import Ranks, joined
 from fastalign.train import checkpoint, distributed
 from fastalign.train.card import write_card
@@ -36,10 +35,12 @@ from fastalign.train.checkpoint import Found, Identity, Progress
 from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
 from fastalign.train.folder import TEMPORARY, RunFolder, claim, publish, writing
 from fastalign.train.footprint import footprint_of_steps
+from fastalign.train.host import Host, stop_requests
 from fastalign.train.metrics import MetricsWriter, NoMetrics, check_loggers, memory, rss_bytes
 from fastalign.train.optim import Optimizer, learning_rate, trainable
 from fastalign.train.profile import StepProfiler
 from fastalign.train.report import write_counts, write_report
+from fastalign.train.room import with_max_tokens
 from fastalign.train.step import Order, check_lengths, check_vocabulary, deal, over_ranks, run_step, to_floats, with_target
 from fastalign.types import Sample
 
@@ -48,6 +49,7 @@ logger = logging.getLogger("fastalign")
 TOLD_FROM = 1 << 30  # bytes: of less memory the log does not speak
 
 Callback = Callable[[int, dict[str, float]], None]
+ALONE = Host()
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,18 @@ class TrainResult:
     interrupted: str | None = None  # name of the signal that ended the run early; then there is no final/
 
 
-def train(config: RunConfig, *, callbacks: Sequence[Callback] = ()) -> TrainResult:
+def train(config: RunConfig, *, callbacks: Sequence[Callback] = (), on: Host = ALONE) -> TrainResult:
     """Run `config` from its first step, or from its newest checkpoint, to its last, and write `config.output`.
 
     A SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint; the second one ends it at once.
-    `callbacks` are called with the step and its metrics. Raises a FastalignError for anything that can be mended; until the first
-    batch has passed the self-check nothing is written.
+    `callbacks` are called with the step and its metrics. `on` is where the run trains: a process of its own, unless it is a
+    `SharedHost`, on whose model in memory it trains an adapter. Raises a FastalignError for anything that can be mended; until the
+    first batch has passed the self-check nothing is written.
     """
     config.validate()
-    with joined(config.model.device) as ranks, _claimed(config, ranks) as folder:
+    with pausing(on.pause), joined(config.model.device) as ranks, _claimed(config, ranks) as folder:
         with ranks.together():
-            run = _Run(config, folder, callbacks, ranks)
+            run = _Run(on.admit(config, ranks), folder, callbacks, ranks, on)
         return run.run()
 
 
@@ -88,16 +91,21 @@ def _claimed(config: RunConfig, ranks: Ranks) -> Iterator[RunFolder]:
 
 
 class _Run:
-    def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback], ranks: Ranks) -> None:
-        self.config, self.folder, self.callbacks, self.ranks = config, folder, callbacks, ranks
+    def __init__(self, config: RunConfig, folder: RunFolder, callbacks: Sequence[Callback], ranks: Ranks, host: Host) -> None:
+        self.config, self.folder, self.callbacks, self.ranks, self.host = config, folder, callbacks, ranks, host
         check_loggers(config.loggers)
         self.tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         self.data = config.load_data(self.tokenizer, head_vocab_size(config.model.path))  # before the model: mistakes show sooner
         samples = [*self.data.samples, *self.data.eval_samples]
-        check_lengths(samples, config.max_tokens, share=config.share_prompts)
-        torch.manual_seed(config.seed)
-        self.model = config.load_model(self.tokenizer)
-        self.device = next(self.model.parameters()).device
+        check_lengths(samples, config.token_limit, share=config.share_prompts)
+        self.divided_first = distributed.is_divided_first(config, ranks)
+        with host.turn():
+            torch.manual_seed(config.seed)
+            self.model = host.load(distributed.on_host(config) if self.divided_first else config, self.tokenizer)
+        self.device = distributed.device_of(config) if self.divided_first else next(self.model.parameters()).device
+        self.config = config = with_max_tokens(
+            config, self.model, self.data, folder.path, ranks, device=self.device, budget=host.memory_budget
+        )
         self.head_weight = lm_head_weight(self.model)
         self.embedding = causal_lm(self.model).get_input_embeddings()
         check_vocabulary(samples, len(self.embedding.weight if self.head_weight is None else self.head_weight))
@@ -111,7 +119,11 @@ class _Run:
         _check_alike(self.identity, ranks)
         self.rss_before = rss_bytes()  # what is there without training
         trainable(self.model)  # mistakes show before anything is written
-        config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
+        if self.divided_first:
+            keep_fingerprint(self.model, self.identity.model, skip_adapter=POLICY if has_adapter(self.model) else None)
+            self.weights = distributed.of(self.model, config, ranks, self.device)
+        with host.turn():
+            config.check_model(self.model, collate([with_target(self._samples(0)[0])]).to(self.device))
         self.progress = Progress()
         self.saved_step = -1
         self.metrics: dict[str, float] = {}
@@ -135,9 +147,9 @@ class _Run:
             run_name=folder.path.name,
             config=flat(config),
         )
-        with logs, _stop_requests() as stop:
+        with logs, stop_requests() as stop:
             while self.progress.step < total and not (stopped := self._stopped(stop)):
-                with self.profiler.step() if self.profiler else nullcontext():
+                with self.host.turn(), self.profiler.step() if self.profiler else nullcontext():
                     self._step()
                 step = self.progress.step
                 if step % config.log_every == 0 or step == total:
@@ -147,7 +159,8 @@ class _Run:
                 logs.log_completions(step, self.answers)
                 self._check_numerics()
                 if self.data.eval_samples and (step == total or (config.eval_every and step % config.eval_every == 0)):
-                    self._evaluate()
+                    with self.host.turn():
+                        self._evaluate()
                     logs.log(step, self.eval_metrics, kind="eval")
                 for callback in self.callbacks:
                     callback(step, self.metrics)
@@ -163,8 +176,8 @@ class _Run:
         return TrainResult(folder.path, total, self.metrics, self.eval_metrics)
 
     def _stopped(self, requests: Sequence[str]) -> str | None:
-        """The signal that asks some rank to stop."""
-        return next(filter(None, self.ranks.gather(requests[0] if requests else None)), None)
+        """The signal that asks some rank to stop, or why the host does."""
+        return next(filter(None, self.ranks.gather(requests[0] if requests else self.host.stopping)), None)
 
     def _step(self) -> None:
         """One optimizer step, and its metrics."""
@@ -226,7 +239,7 @@ class _Run:
         """
         share, progress, ranks = self.config.share_prompts, self.progress, self.ranks
         while True:
-            limit = progress.max_tokens or self.config.max_tokens
+            limit = progress.max_tokens or self.config.token_limit
             bins = deal(samples, limit, ranks.size, share=share)
             own, found = bins[ranks.index], None
             idle = self.weights.idle(bins, ranks.index)
@@ -276,7 +289,7 @@ class _Run:
         if isinstance(self.objective, Online) or self.ranks.size > 1:
             return
         steps = range(self.progress.step, min(self.progress.step + 16, self.order.total_steps))
-        limit = self.progress.max_tokens or self.config.max_tokens
+        limit = self.progress.max_tokens or self.config.token_limit
         try:
             found = footprint_of_steps(self.model, self.config, map(self._samples, steps), max_tokens=limit)
         except ModelError as error:
@@ -343,16 +356,19 @@ class _Run:
                 folder.begin(fresh=config.overwrite)
                 dump(replace(config, resume=False, overwrite=False), folder.path / "config.yaml")
                 write_counts(folder.path, self.data)
-        with ranks.together(), writing(folder.path):
+        with ranks.together(), writing(folder.path), self.host.turn():
             self.objective = config.objective(self.model, self.data, folder.path)
-        self.weights = distributed.of(self.model, config, ranks, self.device)
+        if not self.divided_first:
+            self.weights = distributed.of(self.model, config, ranks, self.device)
+        self.weights.divide_copies(self.objective)
         self.optimizer = Optimizer(
             self.model, config, head_weight=self.head_weight, embedding=self.embedding, division=self.weights.division
         )
         if ranks.index:
             torch.manual_seed(config.seed + (ranks.index << 32))  # dropout differs; all else has been drawn, alike on all ranks
         if found:
-            self._restore(found)
+            with self.host.turn():
+                self._restore(found)
 
     def _restore(self, found: Found) -> None:
         for path, fault in found.damaged.items():
@@ -374,6 +390,11 @@ class _Run:
 
     def _save(self, logs: MetricsWriter) -> None:
         logs.sync()  # a checkpoint counts on the rows before it
+        with self.host.turn():
+            self._checkpoint()
+        self.saved_step = self.progress.step
+
+    def _checkpoint(self) -> None:
         checkpoint.save(
             self.folder.checkpoints,
             self.progress,
@@ -384,7 +405,6 @@ class _Run:
             keep=self.config.keep_checkpoints,
             ranks=self.ranks,
         )
-        self.saved_step = self.progress.step
 
     def _finish(self) -> None:
         """Export the weights, and write the report and the model card."""
@@ -414,24 +434,3 @@ def _check_alike(identity: Identity, ranks: Ranks) -> None:
                     f"rank {index} has read another {what} than rank 0 (fingerprint {getattr(other, what)}, there "
                     f"{getattr(first, what)}); give all hosts the same files"
                 )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that names the first SIGINT or SIGTERM to arrive; the second one acts as it would have without us."""
-    requests: list[str] = []
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
-        yield requests
-        return
-
-    def request(number: int, _: Any) -> None:
-        requests.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-        logger.warning("%s: stopping after this step; send it again to stop at once", requests[0])
-
-    before = {int(number): signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

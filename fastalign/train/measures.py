@@ -113,7 +113,7 @@ def text_figures(nll: Tensor, tokens: Tensor) -> dict[str, Any]:
     return result
 
 
-def wilson(right: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a share, 95 % by default: honest also near 0 and 1 and for few trials.
 
     >>> [round(bound, 3) for bound in wilson(9, 10)]

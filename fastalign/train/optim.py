@@ -53,9 +53,13 @@ class Division:
 
     is_whole = True
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The part of `tensor`, of the shape of a weight, that this process updates."""
+    def rows(self, tensor: Tensor, of: Tensor | None = None) -> Tensor:
+        """The part of `tensor`, of the shape of a weight (that of the weight `of`, as it is here), that this process updates."""
         return tensor
+
+    def place(self, weight: nn.Parameter) -> tuple[int, int]:
+        """The first element of `weight` that this process updates, and how many it has over all processes."""
+        return 0, weight.numel()
 
     def parameter(self, weight: nn.Parameter) -> nn.Parameter:
         """What is updated of a weight that has no float32 copy; its storage is the weight's."""
@@ -127,7 +131,7 @@ class Optimizer:
         kept = {name for name, p in self.named.items() if any(p is weight for weight in in_place)}
         wide = {name for name, p in self.named.items() if config.master_weights and p.dtype != torch.float32}
         self.masters = {
-            name: _copy(division.rows(p.detach()), torch.float32 if name in wide else p.dtype, host=self.on_host)
+            name: _copy(division.rows(p.detach(), p), torch.float32 if name in wide else p.dtype, host=self.on_host)
             for name, p in self.named.items()
             if self.on_host or name in wide
         }
@@ -144,7 +148,7 @@ class Optimizer:
             if name in kept or not self.in_backward:
                 weight = self.named[name]
                 weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
-                self.holders[name].grad = division.rows(weight.main_grad)  # type: ignore[attr-defined]
+                self.holders[name].grad = division.rows(weight.main_grad, weight)  # type: ignore[attr-defined]
         for name, p in self.named.items():
             if name in wide or self.in_backward:
                 p.register_post_accumulate_grad_hook(partial(_accumulated, weakref.ref(self), name))
@@ -245,9 +249,10 @@ class Optimizer:
             decay = 0.0 if _NO_DECAY.search(name.lower()) else config.weight_decay
             factor = getattr(self.named[name], "rate_factor", 1.0)
             key = (name,) if self.in_backward else (decay, factor)
-            group = groups.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "factor": factor})
+            group = groups.setdefault(key, {"params": [], "names": [], "places": [], "weight_decay": decay, "factor": factor})
             group["params"].append(p)
             group["names"].append(name)
+            group["places"].append(self.division.place(self.named[name]))
         found: list[torch.optim.Optimizer] = []
         for parts in [[group] for group in groups.values()] if self.in_backward else [list(groups.values())]:
             if config.optimizer == "adamw_8bit" or config.stochastic_rounding:
@@ -302,7 +307,7 @@ class Optimizer:
         if copied:
             with torch.no_grad():
                 torch._foreach_copy_(
-                    [self.division.rows(self.named[n]) for n in copied], [self.masters[n] for n in copied], non_blocking=True
+                    [self.division.rows(self.named[n], self.named[n]) for n in copied], [self.masters[n] for n in copied], non_blocking=True
                 )
         if self.on_host:
             for name in names:

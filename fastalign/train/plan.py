@@ -5,7 +5,6 @@ It takes the options of the run. Of the model only config.json is read; the step
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,10 @@ from fastalign.models.architecture import check_config
 from fastalign.models.config import LoraConfig
 from fastalign.models.load import prepare
 from fastalign.objectives.base import RunConfig
-from fastalign.train.flops import Flops, model_flops
+from fastalign.train.flops import Flops, main_dtype, model_flops
 from fastalign.train.footprint import PARTS, Footprint, footprint, head_plan, keeps_copy
+from fastalign.train.remedies import Remedy, Search, changed, command, merged, remedies
+from fastalign.train.speed import CARDS, Rates, Step, measure, of_card, seconds
 
 GIB = 1 << 30
 SIZES = (8, 16, 24, 48, 80, 141)  # GB of devices, 10^9 bytes
@@ -40,52 +41,109 @@ class Outlook:
     flops: Flops  # of one micro-batch, the reference's forward included
     head: str  # how the head is computed
     fits: list[tuple[int, int]]  # GB of a device, the largest max_tokens that fits (0: none)
-    remedies: list[tuple[str, int]]  # options, bytes at the peak with them
+    sparing: tuple[str, list[tuple[int, int]]]  # options that hold the fewest activations, and what fits with them
+    remedies: list[tuple[Remedy, int]]  # each alone: bytes at the peak with it
+    proposals: list[tuple[int, str | None, int]]  # GB of a device that has no room, options with which it has (None: none), the peak then
+    speeds: list[tuple[str, Rates, Step]]  # of devices
 
 
-def plan(config: RunConfig, *, scored: float = 1.0) -> Outlook:
+def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True) -> Outlook:
     """Predict the run that `config` describes. `scored` is the share of tokens that are scored; 1 is the most that can be.
 
-    Micro-batches are full (`max_tokens`) and several to a step. Raises ConfigError for an objective whose memory is not that of one model
-    and its head (distill), ModelError for a model that cannot run without storage.
+    Micro-batches are full (`max_tokens`) and several to a step. With `timed` the device at hand is measured for a second. Raises
+    ConfigError for an objective whose memory is not that of one model and its head (distill), ModelError for a model that cannot run
+    without storage.
     """
     if config.name == "distill":
         raise ConfigError("plan does not know the memory of distill, which holds a teacher as well; plan sft for the student's part")
+    if config.max_tokens == "auto":
+        raise ConfigError(
+            "max_tokens auto is what a run asks the device that it finds; give plan a number, its table says the largest for each size"
+        )
     if not 0 < scored <= 1:
         raise ConfigError(f"scored must be a share in (0, 1], got {scored}")
     device = torch.device("cpu" if config.model.device == "cpu" else "cuda")  # a device that need not be here
-    model = empty_model(config)
+    known: dict[Any, Any] = {}
 
-    def at(tokens: int, changed: RunConfig | None = None) -> int:
-        chosen = config if changed is None else changed
+    def predicted(options: dict[str, Any], tokens: int | None = None, *, brief: bool = True) -> Footprint:
+        other = changed(config, options) if options else config
+        tokens = tokens or other.token_limit
         rows = max(1, round(scored * tokens))
-        return footprint(model if changed is None else empty_model(changed), chosen, tokens=tokens, rows=rows, device=device).peak
+        return footprint(empty_model(other), other, tokens=tokens, rows=rows, device=device, known=known, brief=brief)
 
-    rows = max(1, round(scored * config.max_tokens))
-    now = footprint(model, config, tokens=config.max_tokens, rows=rows, device=device)
-    lengths = _lengths(config)
-    flops = model_flops(model, config.max_tokens, lengths, rows)
-    if forwards_reference(config):
-        flops = Flops(*(a + b for a, b in zip(flops, model_flops(model, config.max_tokens, lengths, rows, backward=False))))
+    def largest_of(options: dict[str, Any]) -> list[tuple[int, int]]:
+        points = [(tokens, predicted(options, tokens).peak) for tokens in GRID]
+        return [(size, largest(points, room(size))) for size in SIZES]
+
+    model, now = empty_model(config), predicted({}, brief=False)
+    rows = max(1, round(scored * config.token_limit))
     chosen = head_plan(model, config, rows, device)
-    points = [(tokens, at(tokens)) for tokens in GRID]
-    fits = [(size, largest(points, room(size))) for size in SIZES]
-    remedies = [(text, at(changed.max_tokens, changed)) for text, changed in _remedies(config)]
-    return Outlook(now, flops, "scores, without a vocabulary" if chosen is None else str(chosen).splitlines()[0], fits, remedies)
+    fits = largest_of({})
+    ladder = remedies(config, half=main_dtype(model) == torch.bfloat16)
+    alone = [(remedy, predicted(remedy.options).peak) for remedy in ladder if remedy.kind != "tokens" and _goes(predicted, remedy)]
+    search = Search(ladder, lambda options: predicted(options).peak)
+    proposals: list[tuple[int, str | None, int]] = []
+    for size, most in fits:
+        if most < config.token_limit:
+            found = _sure(search, room(size), lambda options: predicted(options, brief=False).peak)
+            proposals.append((size, *((None, 0) if found is None else (command(found[0], config), found[1]))))
+    sparing = merged([remedy for remedy in ladder if remedy in _sparing(ladder) and _goes(predicted, remedy)])
+    lengths = _lengths(config)
+    flops = model_flops(model, config.token_limit, lengths, rows)
+    own, forward = flops, model_flops(model, config.token_limit, lengths, rows, backward=False)
+    if forwards_reference(config):
+        flops = Flops(*(a + b for a, b in zip(own, forward)))
+    return Outlook(
+        now,
+        flops,
+        "scores, without a vocabulary" if chosen is None else str(chosen).splitlines()[0],
+        fits,
+        (command(sparing, config), largest_of(sparing) if sparing else fits),
+        alone,
+        proposals,
+        _speeds(config, model, now, own.attention, forward.total * forwards_reference(config), lengths) if timed else [],
+    )
+
+
+def _goes(predicted: Callable[[dict[str, Any]], Footprint], remedy: Remedy) -> bool:
+    """Whether the model and the other options take `remedy`."""
+    try:
+        predicted(remedy.options)
+    except (ConfigError, ModelError):
+        return False
+    return True
+
+
+def _sure(search: Search, limit: float, exact: Callable[[dict[str, Any]], int]) -> tuple[dict[str, Any], int] | None:
+    """What `search` finds to be enough, and is by an exact prediction."""
+    asked = limit
+    while (found := search.enough(asked)) is not None:
+        options = merged(found[0])
+        if (peak := exact(options)) <= limit:
+            return options, peak
+        asked = 0.99 * min(asked * limit / peak, found[1])
+    return None
+
+
+def _sparing(ladder: list[Remedy]) -> list[Remedy]:
+    """The last of checkpointing, and MLPs in slices."""
+    return [found for kind in ("mlp", "layers") for found in [r for r in ladder if r.kind == kind][-1:]]
+
+
+def _speeds(
+    config: RunConfig, model: Any, now: Footprint, attention: float, reference: float, lengths: list[int]
+) -> list[tuple[str, Rates, Step]]:
+    """Of the device at hand, measured, and, in bfloat16, of cards by their data sheets."""
+    here = torch.device("cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu")
+    rates = [("here", measure(model, here, tokens=config.token_limit, length=lengths[0]))]
+    if main_dtype(model) == torch.bfloat16 and config.model.device != "cpu":
+        rates += [(f"{name}, {size} GB" if str(size) not in name else name, of_card(name)) for name, (size, *_) in CARDS.items()]
+    return [(name, rate, seconds(now.work, attention, rate, reference=reference)) for name, rate in rates]
 
 
 def room(size: float) -> float:
     """Bytes that a run may hold on a device of `size` GB."""
     return (size * 1e9 - CONTEXT) / (1 + WASTE)
-
-
-def proposal(outlook: Outlook, size: float) -> str | None:
-    """The options that let a run fit a device of `size` GB and change least: of those that fit, the ones that save least; None: none does.
-
-    Options that only cut the micro-batch smaller, which the table of what fits says already, are left out.
-    """
-    good = [(peak, text) for text, peak in outlook.remedies if peak <= room(size) and not text.startswith("--max_tokens")]
-    return max(good)[1] if good else None
 
 
 def empty_model(config: RunConfig) -> Any:
@@ -144,7 +202,7 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
     """Print the tables."""
     from rich.table import Table
 
-    now, tokens = outlook.now, config.max_tokens
+    now, tokens = outlook.now, config.token_limit
     table = Table(title=f"{config.name} of {config.model.path}, {tokens:,} tokens a micro-batch", title_justify="left")
     for name, side in (("memory", "left"), ("GiB", "right"), ("share", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
@@ -158,26 +216,44 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
         console.print(f"in the host's memory: {_gib(now.on_host)} GiB of moments and copies of weights", highlight=False)
     console.print(f"head: {outlook.head}", highlight=False)
     total = outlook.flops.total
-    speed = f"; at {tflops:g} TFLOP/s {total / tflops / 1e12:.3g} s, {tokens * tflops * 1e12 / total:,.0f} tokens/s" if tflops else ""
+    told = f"; at {tflops:g} TFLOP/s {total / tflops / 1e12:.3g} s, {tokens * tflops * 1e12 / total:,.0f} tokens/s" if tflops else ""
     console.print(
-        f"arithmetic: {total / 1e12:.3g} TFLOP a micro-batch, {outlook.flops.head / total:.0%} in the head{speed}", highlight=False
+        f"arithmetic: {total / 1e12:.3g} TFLOP a micro-batch, {outlook.flops.head / total:.0%} in the head{told}", highlight=False
     )
+    if outlook.speeds:
+        table = Table(title="how long", title_justify="left")
+        for name in ("device", "s a micro-batch", "s an update", "tokens/s", "rates"):
+            table.add_column(name, justify="left" if name in ("device", "rates") else "right")
+        for device, rates, step in outlook.speeds:
+            per_second = f"{speed:,.0f}" if (speed := tokens / step.micro_batch) >= 10 else f"{speed:.2g}"
+            table.add_row(device, f"{step.micro_batch:.3g}", f"{step.update:.3g}", per_second, rates.source)
+        console.print(table)
+    spare, sparing = outlook.sparing
     table = Table(title="what fits", title_justify="left")
-    for name in ("device, GB", "largest --max_tokens", ""):
+    for name in ("device, GB", "largest --max_tokens", "and sparingly", ""):
         table.add_column(name, justify="right" if name else "left")
-    for size, most in outlook.fits:
-        table.add_row(str(size), f"{most:,}" if most else "none", "" if most >= tokens else f"not {tokens:,}: see below")
+    for (size, most), (_, longest) in zip(outlook.fits, sparing):
+        note = "" if most >= tokens else f"not {tokens:,}: see below"
+        table.add_row(str(size), f"{most:,}" if most else "none", f"{longest:,}" if longest else "none", note)
     console.print(table)
-    console.print("A sample must fit with all its completions: it may be as long as the largest --max_tokens.", highlight=False)
-    for size, most in outlook.fits:
-        if most < tokens and (text := proposal(outlook, size)):
-            command = f"fastalign {config.name} --model.path {config.model.path} --max_tokens {tokens} {text}"
-            console.print(f"{size} GB, besides your other options:\n  {command}", highlight=False, soft_wrap=True)
-    table = Table(title="what to set for less", title_justify="left")
-    for name, side in (("options", "left"), ("peak, GiB", "right"), ("saved", "right")):
+    console.print(
+        "A sample must fit with all its completions: the longest sequence that fits has as many tokens as the largest --max_tokens.",
+        highlight=False,
+    )
+    if spare:
+        console.print(f"Sparingly: {spare}", highlight=False, soft_wrap=True)
+    for size, text, peak in outlook.proposals:
+        if not text:
+            console.print(f"{size} GB: none of the options below, nor all of them, make it fit", highlight=False)
+            continue
+        limit = "" if "--max_tokens" in text else f"--max_tokens {tokens} "
+        line = f"fastalign {config.name} --model.path {config.model.path} {limit}{text}"
+        console.print(f"{size} GB, besides your other options ({_gib(peak)} GiB):\n  {line}", highlight=False, soft_wrap=True)
+    table = Table(title="what to set for less, the fastest first", title_justify="left")
+    for name, side in (("options", "left"), ("peak, GiB", "right"), ("saved", "right"), ("costs", "left")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
-    for text, peak in sorted(outlook.remedies, key=lambda remedy: remedy[1]):
-        table.add_row(text, _gib(peak), f"{1 - peak / now.peak:.0%}")
+    for remedy, peak in outlook.remedies:
+        table.add_row(command(remedy.options, config), _gib(peak), f"{1 - peak / now.peak:.0%}", remedy.cost)
     console.print(table)
     if config.name in ("grpo", "rloo"):
         console.print("The keys and values of sampling are not counted.", highlight=False)
@@ -189,61 +265,8 @@ def _gib(size: float) -> str:
 
 def _lengths(config: RunConfig) -> list[int]:
     """Sequences as long as the data may have, that fill a micro-batch."""
-    longest = min(getattr(config.data, "max_length", None) or 1024, config.max_tokens)
-    return [longest] * (config.max_tokens // longest)
-
-
-def _remedies(config: Any) -> list[tuple[str, RunConfig]]:
-    """Options that the run does not have yet, and the run with them."""
-
-    def changed(change: Callable[[Any], None]) -> RunConfig:
-        other = copy.deepcopy(config)
-        change(other)
-        return other
-
-    found: list[tuple[str, RunConfig]] = []
-    if not config.model.gradient_checkpointing:
-        found.append(("--model.gradient_checkpointing true", changed(lambda c: setattr(c.model, "gradient_checkpointing", True))))
-    if config.optimizer == "adamw":
-        found.append(("--optimizer adamw_8bit", changed(lambda c: setattr(c, "optimizer", "adamw_8bit"))))
-        if config.model.device != "cpu" and not config.stochastic_rounding:
-            found.append(("--optimizer adamw_offload", changed(lambda c: setattr(c, "optimizer", "adamw_offload"))))
-    if config.model.dtype == "bfloat16" and config.master_weights and config.optimizer != "adamw_offload":
-        found.append((f"{_SMALLEST} --model.gradient_checkpointing true", changed(_smallest)))
-    if not config.lora.enabled and not (Path(config.model.path) / "adapter_config.json").is_file():
-        found.append(("--lora.r 16", changed(lambda c: setattr(c.lora, "r", 16))))
-        if not config.model.gradient_checkpointing:
-            found.append(("--lora.r 16 --model.gradient_checkpointing true", changed(_both)))
-            if config.model.device != "cpu" and config.model.quantization is None:
-                found.append((f"--lora.r 16 --model.gradient_checkpointing true {_PACKED}", changed(_packed)))
-    if keeps_copy(config) and not getattr(config, "sync_ref_model", False):
-        found.append(("--reference cache", changed(lambda c: setattr(c, "reference", "cache"))))
-    if config.model.dtype != "bfloat16":
-        found.append(("--model.dtype bfloat16", changed(lambda c: setattr(c.model, "dtype", "bfloat16"))))
-    found.append((f"--max_tokens {config.max_tokens // 2}", changed(lambda c: setattr(c, "max_tokens", c.max_tokens // 2))))
-    if config.logits_budget is None or config.logits_budget > 32 << 20:
-        found.append((f"--logits_budget {32 << 20}", changed(lambda c: setattr(c, "logits_budget", 32 << 20))))
-    return found
-
-
-def _both(config: Any) -> None:
-    config.lora.r, config.model.gradient_checkpointing = 16, True
-
-
-_PACKED = "--model.quantization nf4"
-
-
-def _packed(config: Any) -> None:
-    _both(config)
-    config.model.quantization = "nf4"
-
-
-_SMALLEST = "--optimizer adamw_8bit --master_weights false --stochastic_rounding true"
-
-
-def _smallest(config: Any) -> None:
-    config.optimizer, config.master_weights, config.stochastic_rounding = "adamw_8bit", False, True
-    config.model.gradient_checkpointing = True
+    longest = min(getattr(config.data, "max_length", None) or 1024, config.token_limit)
+    return [longest] * (config.token_limit // longest)
 
 
 def _adapter(path: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastalign.errors import ConfigError, DataError
 from fastalign.objectives.base import Objective, Prepared, RunConfig
 from fastalign.packing import collate, pack_samples, packed_tokens, spared_tokens
+from fastalign.pausing import pause
 from fastalign.ranks import Ranks
 from fastalign.types import Sample
 
@@ -155,6 +156,7 @@ def run_step(
     totals: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
         for at, members in enumerate(bins):
+            pause()
             batch = collate(members, share=share).to(device)
             loss, sums = objective.loss(batch, denominators)
             for name, value in sums.items():

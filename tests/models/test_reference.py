@@ -27,7 +27,7 @@ LORA = LoraConfig(r=4, dropout=0.5, targets=["all-linear", "lm_head"])
 @dataclass
 class Options:
     reference: str = "auto"
-    max_tokens: int = 64
+    token_limit: int = 64
     share_prompts: bool = True
     logits_budget: int | None = None
 
@@ -117,6 +117,22 @@ def test_an_adapter_trained_further_is_compared_with_where_it_started(head_in_fu
     torch.testing.assert_close(sequence_logps(again, batches()[0]), moved[0], rtol=1e-5, atol=1e-4)
 
 
+def test_an_adapter_trained_further_may_be_compared_with_the_base_model(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    first = load_model(base, lora=LoraConfig(r=4))
+    train(first)
+    save_final(first, None, tmp_path / "adapter")
+    wanted = [sequence_logps(load_model(base), batch) for batch in batches()]
+    for model in (
+        load_model(base, lora=LoraConfig(adapter=str(tmp_path / "adapter"), reference="base")),
+        load_model(tmp_path / "adapter", lora=LoraConfig(reference="base")),
+    ):
+        ref = AdapterReference(model)
+        for batch, want in zip(batches(), wanted):
+            assert torch.equal(ref.logps(batch), want)
+            assert (sequence_logps(model, batch) - want).abs().max() > 0.1
+
+
 def test_auto(tmp_path: Path) -> None:
     assert isinstance(build_reference(policy(lora=True), Options(), Data(), tmp_path), AdapterReference)
     assert isinstance(build_reference(policy(), Options(), Data(), tmp_path), CachedReference)
@@ -132,7 +148,7 @@ def test_modes_that_cannot_be() -> None:
 def test_the_cache_is_reused_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build_reference(policy(), Options("cache"), Data(), tmp_path)
     monkeypatch.setattr(reference, "_compute", lambda *args: pytest.fail("computed again"))
-    again = build_reference(policy(), Options("cache", max_tokens=32), Data(), tmp_path)
+    again = build_reference(policy(), Options("cache", token_limit=32), Data(), tmp_path)
     for batch in batches():
         assert torch.equal(first.logps(batch), again.logps(batch))
     files = sorted(file.suffix for file in (tmp_path / "reference").iterdir())

@@ -1,8 +1,8 @@
 """Runs of a group of processes: `python -m torch.distributed.run --nproc_per_node N tests/train/group.py FOLDER TASK...`
 
 FOLDER is what `inputs` made. A task is a case, whose run goes to FOLDER/<processes>/<case>, or one of "whole: NAME: CASE", "stop: NAME:
-CASE", "resume: NAME: CASE" and "copy: NAME: OTHER", for runs of five steps at FOLDER/runs/NAME. The process of a test imports
-this file for the same runs by itself.
+CASE", "resume: NAME: CASE" and "copy: NAME: OTHER", for runs of five steps at FOLDER/runs/NAME, "measure: NAME: CASE" or "long: NAME:
+CASE". The process of a test imports this file for the same runs by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from safetensors.torch import save_file
 import fastalign.train.loop
 from fastalign import train
 from fastalign.data.config import DataConfig, PromptDataConfig, RankedDataConfig, SupervisedDataConfig, UnpairedDataConfig
+from fastalign.errors import RankError
 from fastalign.models.config import LoraConfig, ModelConfig
-from fastalign.objectives.base import RunConfig
+from fastalign.objectives.base import Copying, RunConfig
 from fastalign.objectives.cpo import CPOConfig, SimPOConfig
 from fastalign.objectives.distill import DistillConfig, TeacherConfig
 from fastalign.objectives.dpo import DPOConfig
@@ -43,6 +46,7 @@ from fastalign.train.distributed import Divided
 
 Make = Callable[[Path], tuple[type[RunConfig], dict[str, Any]]]
 LORA = LoraConfig(r=4, targets=["all-linear", "lm_head"])
+VOCABULARY, DEEP = 325, 24
 REWARDS = """
 def likes_o(completions, **columns):
     return [text.count("o") / max(1, len(text)) for text in completions]
@@ -54,9 +58,10 @@ def inputs(folder: Path) -> None:
     from tiny import save_tiny, write_every_format
 
     save_tiny(folder / "model", "qwen3", tie_word_embeddings=True)
-    save_tiny(folder / "untied", "llama", vocab_size=325)  # rows that two and four ranks cannot have equally many of
-    save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48, vocab_size=325)
-    save_tiny(folder / "half", "llama", dtype=torch.bfloat16)
+    save_tiny(folder / "untied", "llama", vocab_size=VOCABULARY)  # rows that two and four ranks cannot have equally many of
+    save_tiny(folder / "teacher", "llama", seed=1, hidden_size=48, vocab_size=VOCABULARY)
+    save_tiny(folder / "deep", "llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=DEEP, num_attention_heads=4)
+    save_tiny(folder / "half", "llama", vocab_size=VOCABULARY, dtype=torch.bfloat16)
     write_every_format(folder)
     (folder / "rewards.py").write_text(REWARDS)
 
@@ -109,6 +114,15 @@ CASES: dict[str, Make] = {
         DPOConfig,
         {"data": DataConfig(path=str(f / "pairs.jsonl")), "model": ModelConfig(path=str(f / "half")), "learning_rate": 1e-2},
     ),
+    "sft, rounded": lambda f: (
+        SFTConfig,
+        {
+            "data": SupervisedDataConfig(path=str(f / "completions.jsonl")),
+            "model": ModelConfig(path=str(f / "half")),
+            "master_weights": False,
+            "stochastic_rounding": True,
+        },
+    ),
     "orpo": lambda f: (ORPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
     "cpo": lambda f: (CPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
     "simpo": lambda f: (SimPOConfig, {"data": DataConfig(path=str(f / "pairs.jsonl"))}),
@@ -116,6 +130,7 @@ CASES: dict[str, Make] = {
         GRPOConfig,
         _online(f, beta=0.1, steps_per_generation=2, entropy_coef=0.01, top_entropy_quantile=0.5, temperature=0.8, refill=1),
     ),
+    "grpo, fewer prompts than ranks": lambda f: (GRPOConfig, _online(f, batch_size=1, seed=1)),
     "rloo": lambda f: (RLOOConfig, _online(f, beta=0.1, lora=LORA, top_k=20)),
     "reinforce_pp": lambda f: (ReinforcePPConfig, _online(f, beta=0.1)),
     "ppo": lambda f: (PPOConfig, _online(f, beta=0.1)),
@@ -135,14 +150,20 @@ CASES: dict[str, Make] = {
 
 
 def config(folder: Path, case: str, output: Path, **options: Any) -> RunConfig:
-    """The run of a case; `case` may end with how it is divided, as in "dpo / optimizer" or "dpo / full 2"."""
+    """The run of a case; `case` may end with how it is divided, as in "dpo / optimizer", "dpo / full 2" or "dpo / vocab".
+
+    With "vocab" the model is one whose head is not its embedding, for one process, too.
+    """
     name, _, division = case.partition(" / ")
     make, own = CASES[name](folder)
     shared = {"batch_size": 7, "max_tokens": 128, "learning_rate": 1e-3, "max_steps": 2, "model": ModelConfig(path=str(folder / "model"))}
     made = make(output=str(output), **(shared | own | options))
-    shard, _, replicas = division.partition(" ")
+    words = division.split()
+    replicas, head = next((int(word) for word in words if word.isdigit()), 1), "vocab" if "vocab" in words else "whole"
+    if head == "vocab" and made.model.path == str(folder / "model"):
+        made.model.path = str(folder / "untied")
     if division and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        made.parallel = ParallelConfig(shard=shard, replicas=int(replicas or 1))  # type: ignore[arg-type]
+        made.parallel = ParallelConfig("optimizer" if "optimizer" in words else "full", head, replicas)  # type: ignore[arg-type]
     return made
 
 
@@ -162,6 +183,10 @@ def run(folder: Path, tasks: Sequence[str], processes: int) -> None:
         what, *rest = task.split(": ")
         if not rest:
             train(config(folder, task, place(folder, task, processes)))
+        elif what == "measure":
+            measure(config(folder, rest[1], folder / "runs" / rest[0], max_steps=1, model=ModelConfig(path=str(folder / "deep"))))
+        elif what == "long":
+            train(config(folder, rest[1], folder / "runs" / rest[0], max_steps=100000, save_every=0))
         elif what == "copy":
             if current_index() == 0:
                 shutil.copytree(folder / "runs" / rest[0], folder / "runs" / rest[1])
@@ -199,6 +224,41 @@ def fail(step: int, _: dict[str, float]) -> None:
         raise ZeroDivisionError("of a test")
 
 
+def measure(made: RunConfig) -> None:
+    """A run that writes how many bytes of its own (no pages of files) its process had more at the peak before its first step."""
+    before, peak, done = private_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.003):
+            peak[0] = max(peak[0], private_bytes())
+
+    def first(run: Any) -> None:
+        done.set()
+        watcher.join()
+        (run.folder.path / f"grown-{current_index()}").write_text(str(peak[0] - before))
+        raise RankError("measured")
+
+    watcher = threading.Thread(target=watch)
+    with patched(first):
+        watcher.start()
+        with suppress(RankError):
+            train(made)
+
+
+@contextmanager
+def patched(step: Callable[[Any], None]) -> Iterator[None]:
+    before, fastalign.train.loop._Run._step = fastalign.train.loop._Run._step, step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        fastalign.train.loop._Run._step = before  # type: ignore[method-assign]
+
+
+def private_bytes() -> int:
+    resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+
+
 def keep_what_was_loaded() -> None:
     """Before its first step, let every run write its weights and its optimizer's state to <run>/loaded-<rank>.safetensors."""
     step = fastalign.train.loop._Run._step
@@ -210,9 +270,22 @@ def keep_what_was_loaded() -> None:
             found = {name: run.weights.division.kept(p) for name, p in run.optimizer.named.items()} | run.optimizer.state()
             found = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
             save_file(found, run.folder.path / f"loaded-{current_index()}.safetensors")
+            if run.config.parallel.head == "vocab":
+                check_head_is_divided(run)
         step(run)
 
     fastalign.train.loop._Run._step = first  # type: ignore[method-assign]
+
+
+def check_head_is_divided(run: Any) -> None:
+    """No weight, gradient or statistic of more rows than this process's share of the head, in the model or in a copy of it."""
+    share = -(-VOCABULARY // (run.ranks.size // run.config.parallel.replicas))
+    assert len(run.head_weight) <= share
+    tensors = [run.head_weight, run.head_weight.grad, getattr(run.head_weight, "main_grad", None)]
+    tensors += [value for name, value in run.optimizer.state().items() if name.startswith("lm_head.weight/")]
+    copies = run.objective.copies if isinstance(run.objective, Copying) else []
+    tensors += [copy.get_output_embeddings().weight for copy in copies]
+    assert all(len(tensor) <= share for tensor in tensors if tensor is not None and tensor.ndim)
 
 
 def idle_more() -> None:

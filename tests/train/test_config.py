@@ -211,7 +211,7 @@ def test_code_that_a_run_folder_names_is_named_again_to_resume(tmp_path: Path) -
 
 def test_options_of_one_process_are_refused_for_several() -> None:
     GRPOConfig().check_ranks(4)
-    for option, value in {"optimizer": "adamw_8bit", "update_in_backward": True, "stochastic_rounding": True}.items():
+    for option, value in {"optimizer": "adamw_8bit", "update_in_backward": True}.items():
         GRPOConfig(**{option: value}).check_ranks(1)
         with pytest.raises(ConfigError, match=rf"{option} {value} is of one process, and there are 2, .*; set --{option} (adamw|false)$"):
             GRPOConfig(**{option: value}).check_ranks(2)

@@ -61,7 +61,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
         assert tmp_path.exists()  # empty still, and not the second one's to remove
         (tmp_path / "metrics.jsonl").write_text("")
         assert second.returncode == 1
-        assert "another process is training in this folder" in second.stderr
+        assert "another process is at work in this folder" in second.stderr
     assert subprocess.run(command, capture_output=True).returncode == 0
 
 

@@ -359,3 +359,23 @@ def test_options_that_contradict_each_other(options: dict[str, Any], message: st
 def test_stochastic_rounding_needs_a_weight_to_round(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(FastalignError, match=r"no trained weight is bfloat16; set --model\.dtype bfloat16"):
         train(config(inputs, tmp_path / "run", **STOCHASTIC))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12])
+def test_a_part_of_a_weight_is_rounded_as_it_is_in_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "BLOCK", 17)  # no block begins where a row does
+    generator = torch.Generator().manual_seed(0)
+    start, grads = torch.randn(12, 7, generator=generator).bfloat16(), torch.randn(3, 12, 7, generator=generator).bfloat16()
+
+    def updated(first: int, last: int, place: int | None = None) -> torch.Tensor:
+        weight = torch.nn.Parameter(start[first:last].clone())
+        group = {"params": [weight], "names": ["w"], "places": [(first * 7 if place is None else place, 84)]}
+        optimizer = blockwise.BlockwiseAdamW([group], bits=32, seed=3, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+        for grad in grads:
+            weight.grad = grad[first:last].clone()
+            optimizer.step()
+        return weight.detach()
+
+    whole = updated(0, 12)
+    assert torch.equal(torch.cat([updated(first, min(12, first + rows)) for first in range(0, 12, rows)]), whole)
+    assert not torch.equal(updated(5, 10, place=0), whole[5:10])  # the place counts

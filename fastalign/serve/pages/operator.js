@@ -24,24 +24,34 @@ const tag = (x, y, text, anchor = "middle") => draw("text", { x, y, "text-anchor
 const short = (text, room) => (text.length > room ? `${text.slice(0, room - 1)}…` : text);
 
 function curve(versions) {
-  const points = versions.filter((version) => typeof version.metrics.win_rate === "number");
+  const points = versions.filter(({ metrics }) => [metrics.win_rate, metrics.win_rate_first].some((rate) => typeof rate === "number"));
   if (!points.length) return make("p", { className: "soft", textContent: "No version has a win rate yet." });
   const { svg, box } = plot(`Win rates: ${points.map((one) => `${one.name} ${percent(one.metrics.win_rate)}`).join(", ")}`);
-  const x = (i) => (points.length === 1 ? (box.left + box.right) / 2 : box.left + 20 + (i * (box.right - box.left - 40)) / (points.length - 1));
+  const x = (i) => (points.length === 1 ? (box.left + box.right) / 2 : box.left + 36 + (i * (box.right - box.left - 72)) / (points.length - 1));
   const y = (rate) => box.bottom - rate * (box.bottom - box.top);
   for (const rate of [0, 0.5, 1]) {
     svg.append(draw("line", { x1: box.left, x2: box.right, y1: y(rate), y2: y(rate), class: rate === 0.5 ? "even" : "axis" }));
     svg.append(tag(box.left - 6, y(rate) + 4, `${100 * rate} %`, "end"));
   }
-  svg.append(draw("polyline", { class: "line", points: points.map((one, i) => `${x(i)},${y(one.metrics.win_rate)}`).join(" ") }));
+  const line = (name, style) => {
+    const places = points.flatMap((one, i) => (typeof one.metrics[name] === "number" ? [`${x(i)},${y(one.metrics[name])}`] : []));
+    svg.append(draw("polyline", { class: style, points: places.join(" ") }));
+    return places.length;
+  };
+  line("win_rate", "line");
+  const against = line("win_rate_first", "line first");
   const every = Math.ceil(points.length / Math.max(1, Math.floor((box.right - box.left) / 90)));
   points.forEach((one, i) => {
+    if (i % every === 0) svg.append(tag(x(i), box.bottom + 20, short(one.name, 12)));
+    if (typeof one.metrics.win_rate !== "number") return;
+    const { win_rate_low: low, win_rate_high: high } = one.metrics;
+    if (typeof low === "number" && typeof high === "number") svg.append(draw("line", { x1: x(i), x2: x(i), y1: y(low), y2: y(high), class: "bar" }));
     const dot = draw("circle", { cx: x(i), cy: y(one.metrics.win_rate), r: 5, class: one.state === "live" ? "dot live" : "dot" });
     dot.append(draw("title", {}, `${one.name}: ${percent(one.metrics.win_rate)} (${one.state})`));
     svg.append(dot);
-    if (i % every === 0) svg.append(tag(x(i), box.bottom + 20, short(one.name, 12)));
   });
-  return make("div", {}, svg, make("p", { className: "note", textContent: "Share of comparisons won against the version it came from; above the dashed line it is better." }));
+  const note = "Share of comparisons won against the version it came from; above 50 % it is better. Bars: 95 % intervals.";
+  return make("div", {}, svg, make("p", { className: "note", textContent: against ? `${note} Green: against the first version.` : note }));
 }
 
 function days(counts) {
@@ -102,6 +112,7 @@ function row(version) {
     make("td", {}, make("span", { className: `state ${version.state}`, textContent: version.state.replace("_", " ") })),
     make("td", { className: "number roomy", textContent: version.answers.toLocaleString("en") }),
     make("td", { className: "number", textContent: percent(version.metrics.win_rate) }),
+    make("td", { className: "number roomy", textContent: typeof version.metrics.kl === "number" ? version.metrics.kl.toFixed(3) : "–" }),
     make("td", { className: "roomy", textContent: version.parent ?? "–" }),
     make("td", { className: "roomy", textContent: moment(version.created) }),
     make("td", {}, promote));
