@@ -68,7 +68,7 @@ def test_it_is_the_largest_that_is_predicted_to_fit(share: bool, monkeypatch: py
 def test_a_budget_beside_the_weights_bounds_a_number_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = load_model(tiny_model("qwen3", hidden_size=64), lora=LoraConfig(r=2))
     config, data = DPOConfig(max_tokens=4096, batch_size=400, logits_budget=1 << 20), Data(pairs(500))
-    growth = lambda tokens: room._footprint(config, model, room._most_scored(config, data.samples), tokens, Ranks()).growth  # noqa: E731
+    growth = lambda tokens: room._footprint(config, model, room._most_scored(config, data.samples), tokens).growth  # noqa: E731
     budget = growth(2000)
     for asked, expected in ((4096, None), ("auto", None), (1500, 1500)):
         found = fitted(replace(config, max_tokens=asked), model, data, tmp_path, Ranks(), budget=budget).token_limit
