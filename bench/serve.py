@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
             setattr(row, name, value)
     file = options.output / "serve_cpu.csv"
     table.write(file, rows)
-    text = serve_page.page(rows)
+    text = serve_page.page(table.read(file, Served))  # as it is made again from the file
     file.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     return 0
