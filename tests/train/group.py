@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -262,11 +263,11 @@ def private_bytes() -> int:
 def keep_what_was_loaded() -> None:
     """Before its first step, let every run write its weights and its optimizer's state to <run>/loaded-<rank>.safetensors."""
     step = fastalign.train.loop._Run._step
-    seen: set[int] = set()
+    seen = weakref.WeakSet[Any]()  # by identity numbers a later run might be taken for one that is gone
 
     def first(run: Any) -> None:
-        if id(run) not in seen:
-            seen.add(id(run))
+        if run not in seen:
+            seen.add(run)
             found = {name: run.weights.division.kept(p) for name, p in run.optimizer.named.items()} | run.optimizer.state()
             found = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
             save_file(found, run.folder.path / f"loaded-{current_index()}.safetensors")

@@ -270,15 +270,17 @@ def test_one_process_continues_the_checkpoint_of_a_group(two: Path, name: str, m
 
 
 @pytest.mark.slow
-def test_four_continue_the_checkpoints_of_two_and_two_those_of_four(two: Path) -> None:
+def test_four_continue_the_checkpoints_of_two_and_two_and_one_those_of_four(two: Path) -> None:
     group(two, 4, [f"resume: 2{name}-4: {case}" for name, case in RESUMED.items()])
     group(two, 4, [f"stop: 4{name}: {case}" for name, case in RESUMED.items()])
     for name in RESUMED:
         check_equal(loaded(two / "runs" / f"2{name}-4", 4), saved(two / "runs" / f"2{name}-stopped"))
-    run(two, [f"copy: 4{name}: 4{name}-2" for name in RESUMED], 1)
-    group(two, 2, [f"resume: 4{name}-2: {case}" for name, case in RESUMED.items()])
+    run(two, [f"copy: 4{name}: 4{name}-{size}" for name in RESUMED for size in (2, 1)], 1)
+    for size in (2, 1):
+        group(two, size, [f"resume: 4{name}-{size}: {case}" for name, case in RESUMED.items()])
     for name in RESUMED:
-        check_equal(loaded(two / "runs" / f"4{name}-2", 2), saved(two / "runs" / f"4{name}"))
+        for size in (2, 1):
+            check_equal(loaded(two / "runs" / f"4{name}-{size}", size), saved(two / "runs" / f"4{name}"))
         if name in "bc":  # others are in bfloat16
             check_same_steps(two / "runs" / f"2{name}-whole", two / "runs" / f"4{name}-2")
 
