@@ -222,7 +222,8 @@ def _signature(option: Option) -> str:
 
 
 def _explained(option: Option) -> str:
-    required = option.default is MISSING or (option.default == "" and option.name in ("model.path", "data.path", "output"))
+    named = option.name in ("model.path", "data.path", "output") and "empty:" not in option.help
+    required = option.default is MISSING or (option.default == "" and named)
     default = "required" if required else f"default: {shown(option.default)}" if option.default not in ("", [], {}) else ""
     return " ".join(part for part in (option.help.removesuffix("."), f"({default})" if default else "") if part)
 
