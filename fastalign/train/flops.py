@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from fastalign.models.heads import active_module
 from fastalign.models.trunk import causal_lm, text_config
+from fastalign.train.cards import card_of
 
-# Dense bfloat16 TFLOP/s by the makers' data sheets; the first name that the device's own begins with or holds counts.
-PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0, "MI300X": 1307.0}
 GEMM = {"cpu": 1024, "cuda": 8192}  # rows and columns of the product that is measured where no peak is known
 
 
@@ -59,9 +58,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that the device could do, and where the number is from: a data sheet, or the fastest of a few large products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for known, tera in PEAKS.items():
-            if known in name:
-                return tera * 1e12, f"{name}, data sheet"
+        if card := card_of(name):
+            return card.teraflops * 1e12, f"{name}, data sheet"
     size = GEMM.get(device.type, 1024)
     a, b = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")

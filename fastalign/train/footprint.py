@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +25,7 @@ from fastalign.errors import ModelError
 from fastalign.head.function import PITCH
 from fastalign.head.plan import ROW_SCRATCH, Plan, make_plan
 from fastalign.models.embedding import accumulate_in_place
-from fastalign.models.trunk import causal_lm, decoder, text_config, trunk
+from fastalign.models.trunk import causal_lm, text_config, trunk
 from fastalign.objectives.base import RunConfig
 from fastalign.objectives.online import OnlineConfig
 from fastalign.packing import collate, pack_samples
@@ -37,10 +37,9 @@ from fastalign.types import PackedBatch, Sample, SharedPrompts
 BYTES_IN_NF4 = 4.127 / 8  # of a weight: 4 bits, and its share of doubly quantized scales
 ELSEWHERE = 1 << 28  # bytes of logits scratch on a CUDA device that is not here: what `default_budget` gives one of 24 GB
 MOST_PIECES = 4096  # of the batch times layers: beyond them a batch of a few sequences is run instead, which is faster
-SHALLOW = 8  # layers, of which all are run
 GRADIENT_PASSES = 5  # over a gradient: it is cleared, its norm is read, it is scaled (twice), and the update reads it
 LOGIT_PASSES = 2  # over a slab of logits besides its products: it is read, and its gradient written
-PIECES = 4  # sequences of the batch that is run: what they are cut into hardly changes what is kept
+PIECES = 2  # sequences of the batch that is run: what they are cut into hardly changes what is kept
 
 # What holds memory, in the order of the table.
 WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UPDATE, COMPILED = PARTS = (
@@ -97,6 +96,32 @@ class Footprint:
         return self.peak - self.parts[WEIGHTS]
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Bytes by part at the two moments that can be the highest, each of which grows with the number of layers on a line of its own."""
+
+    step: dict[str, int]  # during a micro-batch
+    update: dict[str, int]  # during the optimizer's
+    on_host: int
+    work: Work
+
+    @property
+    def footprint(self) -> Footprint:
+        """The higher one of them."""
+        highest = sum(self.step.values()) >= sum(self.update.values())
+        return Footprint(self.step if highest else self.update, "micro-batch" if highest else "optimizer", self.on_host, self.work)
+
+    def beyond(self, more: Moments, steps: int) -> Moments:
+        """The line from these to `more`, continued for `steps` times the distance: steps 1 is `more`."""
+
+        def parts(few: dict[str, int], many: dict[str, int]) -> dict[str, int]:
+            return {name: few[name] + steps * (many[name] - few[name]) for name in PARTS}
+
+        work = Work(*(x + steps * (y - x) for x, y in zip(astuple(self.work), astuple(more.work))))
+        host = self.on_host + steps * (more.on_host - self.on_host)
+        return Moments(parts(self.step, more.step), parts(self.update, more.update), host, work)
+
+
 def footprint(
     model: nn.Module,
     config: RunConfig,
@@ -107,8 +132,6 @@ def footprint(
     device: torch.device | str = "cpu",
     batch: PackedBatch | None = None,
     shapes: Shapes | None = None,
-    known: dict[Any, tuple[dict[str, int], Work]] | None = None,
-    brief: bool = False,
 ) -> Footprint:
     """The highest moment of steps of `model` (on any device, meta included) whose largest micro-batch has `tokens` tokens.
 
@@ -117,13 +140,27 @@ def footprint(
     device       that training runs on: it decides the head's slabs
     batch        the micro-batch itself; None: a few sequences of the same length
     shapes       of all micro-batches; None: they are many, as in a long run on data of many lengths
-    known        of micro-batches without `batch` that have been run before, by all that they depend on; for those who ask often
-    brief        of a deep model only a few layers are run, and the others are taken to be like them
 
     From the second step on, that is: with the optimizer's state. The sampling of online training is not in it, nor the forward of a
     reference, which holds less than the step's own, nor what libraries and Python need. Raises ModelError for a model whose
     layers look into their tensors.
     """
+    return moments(model, config, tokens=tokens, rows=rows, accumulates=accumulates, device=device, batch=batch, shapes=shapes).footprint
+
+
+def moments(
+    model: nn.Module,
+    config: RunConfig,
+    *,
+    tokens: int,
+    rows: int | None = None,
+    accumulates: bool = True,
+    device: torch.device | str = "cpu",
+    batch: PackedBatch | None = None,
+    shapes: Shapes | None = None,
+    known: dict[Any, tuple[dict[str, int], Work]] | None = None,
+) -> Moments:
+    """Both moments of `footprint`, with its arguments, and of whoever asks often what micro-batches without `batch` were found before."""
     rows, device = tokens if rows is None else rows, torch.device(device)
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     each = {key: holdings(p, config, device) for key, p in trained.items()}
@@ -143,22 +180,22 @@ def footprint(
 
     try:
         known = {} if known is None or batch is not None else known
-        key = (str(config.model), str(config.lora), config.master_weights, config.update_in_backward, config.logits_budget)
-        key += (config.name, tokens, rows, accumulates, device, brief)  # type: ignore[assignment]
+        layers = getattr(text_config(causal_lm(model)), "num_hidden_layers", 1)
+        gradients = tuple(h.gradient for h in each.values())
+        key = (str(replace(config.model, quantization=None)), str(config.lora), gradients, config.update_in_backward)
+        key += (head_plan(model, config, rows, device), config.name, tokens, rows, accumulates, device, layers)  # type: ignore[assignment]
         if key not in known:
-            options = (config, batch or _batch(tokens), max(1, rows), accumulates, device, shapes)
-            known[key] = _run_of_few_layers(model, *options) if brief else _run(model, *options)
+            known[key] = _run(model, config, batch or _batch(tokens), max(1, rows), accumulates, device, shapes)
         own, work = known[key]
     except Exception as error:  # whatever a model's own code makes of tensors without values
         name = type(causal_lm(model)).__name__
         raise ModelError(f"{name} cannot run on tensors without storage, so its memory is not predicted: {error}") from error
     step = {name: held[name] + own.get(name, 0) for name in PARTS}
     update[COMPILED] = step[COMPILED]
-    moment = "micro-batch" if sum(step.values()) >= sum(update.values()) else "optimizer"
     trained_bytes = sum(map(_bytes, trained.values()))
     held_twice = trained_bytes + optimizer.master + optimizer.moments + optimizer.on_host  # is read and written
     work = replace(work, update=2.0 * held_twice + GRADIENT_PASSES * total(each.values()).gradient)
-    return Footprint(step if moment == "micro-batch" else update, moment, optimizer.on_host, work)
+    return Moments(step, update, optimizer.on_host, work)
 
 
 class Shapes:
@@ -251,6 +288,8 @@ class Ledger(TorchDispatchMode):
         self.attention = [0, 0]  # kernels of the forward and of the backward
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # what a tensor without storage is asked for most often, and no work
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if key := product_key(func, args):
             self.products.add(key)
         result = func(*args, **(kwargs or {}))
@@ -386,29 +425,6 @@ def _run(
             return found, Work(ledger.flops, forwards, backwards, head, ledger.moved + LOGIT_PASSES * 4.0 * logits)
     finally:
         torch.set_rng_state(before)
-
-
-def _run_of_few_layers(model: nn.Module, *options: Any) -> tuple[dict[str, int], Work]:
-    """`_run`, from two runs with few layers, by the line through them."""
-    trunk_of = decoder(causal_lm(model))
-    stacks = [(name, stack) for name, stack in trunk_of.named_children() if isinstance(stack, nn.ModuleList)]
-    name, layers = max(stacks, key=lambda found: len(found[1]), default=("", nn.ModuleList()))
-    if len(layers) < SHALLOW:
-        return _run(model, *options)
-    few = 2 + len(layers) % 2  # layers may be of two kinds in turn
-    settings, runs = text_config(causal_lm(model)), []
-    try:
-        for count in (few, few + 2):
-            setattr(trunk_of, name, nn.ModuleList(list(layers)[:count]))
-            settings.num_hidden_layers = count
-            runs.append(_run(model, *options))
-    finally:
-        setattr(trunk_of, name, layers)
-        settings.num_hidden_layers = len(layers)
-    (parts, work), (more, more_work) = runs
-    steps = (len(layers) - few) // 2
-    work = Work(*(x + steps * (y - x) for x, y in zip(astuple(work), astuple(more_work))))
-    return {key: parts.get(key, 0) + steps * (more.get(key, 0) - parts.get(key, 0)) for key in parts | more}, work
 
 
 def _accumulated(ledger: Ledger, wide: bool, freed: bool, p: Any) -> None:

@@ -5,32 +5,27 @@ It takes the options of the run. Of the model only config.json is read; the step
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastalign import attention
 from fastalign.errors import ConfigError, ModelError
-from fastalign.models.adapters import add_adapter, check_adapter_folder
-from fastalign.models.architecture import check_config
-from fastalign.models.config import LoraConfig
-from fastalign.models.load import prepare
 from fastalign.objectives.base import RunConfig
+from fastalign.train.cards import CARDS
 from fastalign.train.flops import Flops, main_dtype, model_flops
-from fastalign.train.footprint import PARTS, Footprint, footprint, head_plan, keeps_copy
-from fastalign.train.remedies import Remedy, Search, changed, command, merged, remedies
-from fastalign.train.speed import CARDS, Rates, Step, measure, of_card, seconds
+from fastalign.train.footprint import PARTS, Footprint, head_plan, keeps_copy
+from fastalign.train.remedies import Remedy, Search, command, merged, remedies
+from fastalign.train.shallow import Predictions
+from fastalign.train.speed import Rates, Step, measure, of_card, seconds
 
 GIB = 1 << 30
 SIZES = (8, 16, 24, 48, 80, 141)  # GB of devices, 10^9 bytes
 CONTEXT = 1.0e9  # bytes that a CUDA context and its libraries take
 WASTE = 0.05  # of what is allocated, lost between blocks
 GRID = (512, 2048, 8192, 32768, 131072)  # tokens at which memory is computed; between them it is at most on the line
+FURTHER = 4  # times the tokens of a proposal: through both goes the line of what fits with it
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,7 @@ class Outlook:
     sparing: tuple[str, list[tuple[int, int]]]  # options that hold the fewest activations, and what fits with them
     remedies: list[tuple[Remedy, int]]  # each alone: bytes at the peak with it
     proposals: list[tuple[int, str | None, int]]  # GB of a device that has no room, options with which it has (None: none), the peak then
+    reached: dict[int, int]  # GB of a device, the largest max_tokens that fits it with what is proposed
     speeds: list[tuple[str, Rates, Step]]  # of devices
 
 
@@ -63,19 +59,17 @@ def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True) -> Outlo
     if not 0 < scored <= 1:
         raise ConfigError(f"scored must be a share in (0, 1], got {scored}")
     device = torch.device("cpu" if config.model.device == "cpu" else "cuda")  # a device that need not be here
-    known: dict[Any, Any] = {}
-
-    def predicted(options: dict[str, Any], tokens: int | None = None, *, brief: bool = True) -> Footprint:
-        other = changed(config, options) if options else config
-        tokens = tokens or other.token_limit
-        rows = max(1, round(scored * tokens))
-        return footprint(empty_model(other), other, tokens=tokens, rows=rows, device=device, known=known, brief=brief)
+    predicted = Predictions(config, device, scored)
 
     def largest_of(options: dict[str, Any]) -> list[tuple[int, int]]:
-        points = [(tokens, predicted(options, tokens).peak) for tokens in GRID]
+        points: list[tuple[int, float]] = []
+        for tokens in GRID:
+            points.append((tokens, predicted(options, tokens).peak))
+            if points[-1][1] > room(max(SIZES)):
+                break
         return [(size, largest(points, room(size))) for size in SIZES]
 
-    model, now = empty_model(config), predicted({}, brief=False)
+    model, now = predicted.model, predicted.exact()
     rows = max(1, round(scored * config.token_limit))
     chosen = head_plan(model, config, rows, device)
     fits = largest_of({})
@@ -83,10 +77,17 @@ def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True) -> Outlo
     alone = [(remedy, predicted(remedy.options).peak) for remedy in ladder if remedy.kind != "tokens" and _goes(predicted, remedy)]
     search = Search(ladder, lambda options: predicted(options).peak)
     proposals: list[tuple[int, str | None, int]] = []
+    reached: dict[int, int] = {}
     for size, most in fits:
         if most < config.token_limit:
-            found = _sure(search, room(size), lambda options: predicted(options, brief=False).peak)
-            proposals.append((size, *((None, 0) if found is None else (command(found[0], config), found[1]))))
+            found = search.enough(room(size))
+            if found is None:
+                proposals.append((size, None, 0))
+                continue
+            options = merged(found[0])
+            proposals.append((size, command(options, config), found[1]))
+            tokens = options.pop("max_tokens", config.token_limit)
+            reached[size] = largest([(tokens, found[1]), (FURTHER * tokens, predicted(options, FURTHER * tokens).peak)], room(size))
     sparing = merged([remedy for remedy in ladder if remedy in _sparing(ladder) and _goes(predicted, remedy)])
     lengths = _lengths(config)
     flops = model_flops(model, config.token_limit, lengths, rows)
@@ -101,6 +102,7 @@ def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True) -> Outlo
         (command(sparing, config), largest_of(sparing) if sparing else fits),
         alone,
         proposals,
+        reached,
         _speeds(config, model, now, own.attention, forward.total * forwards_reference(config), lengths) if timed else [],
     )
 
@@ -112,17 +114,6 @@ def _goes(predicted: Callable[[dict[str, Any]], Footprint], remedy: Remedy) -> b
     except (ConfigError, ModelError):
         return False
     return True
-
-
-def _sure(search: Search, limit: float, exact: Callable[[dict[str, Any]], int]) -> tuple[dict[str, Any], int] | None:
-    """What `search` finds to be enough, and is by an exact prediction."""
-    asked = limit
-    while (found := search.enough(asked)) is not None:
-        options = merged(found[0])
-        if (peak := exact(options)) <= limit:
-            return options, peak
-        asked = 0.99 * min(asked * limit / peak, found[1])
-    return None
 
 
 def _sparing(ladder: list[Remedy]) -> list[Remedy]:
@@ -137,41 +128,14 @@ def _speeds(
     here = torch.device("cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu")
     rates = [("here", measure(model, here, tokens=config.token_limit, length=lengths[0]))]
     if main_dtype(model) == torch.bfloat16 and config.model.device != "cpu":
-        rates += [(f"{name}, {size} GB" if str(size) not in name else name, of_card(name)) for name, (size, *_) in CARDS.items()]
+        listed = {name: card.gigabytes for name, card in CARDS.items() if card.listed}
+        rates += [(f"{name}, {size} GB" if str(size) not in name else name, of_card(name)) for name, size in listed.items()]
     return [(name, rate, seconds(now.work, attention, rate, reference=reference)) for name, rate in rates]
 
 
 def room(size: float) -> float:
     """Bytes that a run may hold on a device of `size` GB."""
     return (size * 1e9 - CONTEXT) / (1 + WASTE)
-
-
-def empty_model(config: RunConfig) -> Any:
-    """The model of the run on the meta device: its config alone is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options, lora = replace(config.model, device="meta"), config.lora
-    if (Path(options.path) / "adapter_config.json").is_file():
-        options, lora = replace(options, path=_adapter(options.path)["base_model_name_or_path"]), LoraConfig(adapter=options.path)
-    try:
-        read = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{options.path}: cannot read the model's config: {error}") from error
-    check_config(read, options.path)
-    attention.register()
-    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else read.dtype or torch.float32
-    if config.name == "reward":
-        read.tie_word_embeddings = False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read, dtype=dtype, attn_implementation=attention.NAME)
-        if config.name == "reward":  # another head, of one row
-            model.lm_head = nn.Linear(read.get_text_config().hidden_size, 1, bias=False, dtype=dtype)
-        if lora.adapter is None:
-            return prepare(model, options, lora)
-        saved = _adapter(lora.adapter)
-        same = LoraConfig(r=saved["r"], alpha=saved.get("lora_alpha"), targets=saved["target_modules"])
-        same.modules_to_save = saved.get("modules_to_save") or []
-        return add_adapter(prepare(model, options, None), same)
 
 
 def forwards_reference(config: Any) -> bool:
@@ -230,17 +194,22 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
         console.print(table)
     spare, sparing = outlook.sparing
     table = Table(title="what fits", title_justify="left")
-    for name in ("device, GB", "largest --max_tokens", "and sparingly", ""):
+    spares = any(longest for _, longest in sparing)
+    proposed = "as proposed below"
+    columns = ["device, GB", "largest --max_tokens", *["and sparingly"] * spares, *[proposed] * bool(outlook.reached), ""]
+    for name in columns:
         table.add_column(name, justify="right" if name else "left")
     for (size, most), (_, longest) in zip(outlook.fits, sparing):
         note = "" if most >= tokens else f"not {tokens:,}: see below"
-        table.add_row(str(size), f"{most:,}" if most else "none", f"{longest:,}" if longest else "none", note)
+        cells = {"device, GB": str(size), "largest --max_tokens": _tokens(most), "and sparingly": _tokens(longest), "": note}
+        cells[proposed] = "" if most >= tokens else _tokens(outlook.reached.get(size, 0))
+        table.add_row(*(cells[name] for name in columns))
     console.print(table)
     console.print(
         "A sample must fit with all its completions: the longest sequence that fits has as many tokens as the largest --max_tokens.",
         highlight=False,
     )
-    if spare:
+    if spare and spares:
         console.print(f"Sparingly: {spare}", highlight=False, soft_wrap=True)
     for size, text, peak in outlook.proposals:
         if not text:
@@ -259,6 +228,10 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
         console.print("The keys and values of sampling are not counted.", highlight=False)
 
 
+def _tokens(most: int) -> str:
+    return f"{most:,}" if most else "none"
+
+
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size >= GIB / 4 else f"{size / GIB:.4f}"
 
@@ -267,8 +240,3 @@ def _lengths(config: RunConfig) -> list[int]:
     """Sequences as long as the data may have, that fill a micro-batch."""
     longest = min(getattr(config.data, "max_length", None) or 1024, config.token_limit)
     return [longest] * (config.token_limit // longest)
-
-
-def _adapter(path: str) -> dict[str, Any]:
-    check_adapter_folder(path)
-    return json.loads((Path(path) / "adapter_config.json").read_text())

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fastalign.models.trunk import causal_lm, text_config
+from fastalign.train.cards import CARDS
 from fastalign.train.flops import head_weight, main_dtype
 from fastalign.train.footprint import Work
 
@@ -23,16 +24,6 @@ CALL = 0.02  # seconds of one on a CPU
 COPY = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes that are copied
 ATTAINED = 0.55  # share of a card's peak that products reach in training
 ATTAINED_MEMORY = 0.8  # and of its bandwidth
-
-# GB, dense bfloat16 TFLOP/s with float32 sums and TB/s, by the makers' data sheets.
-CARDS: dict[str, tuple[int, float, float]] = {
-    "L4": (24, 121.0, 0.3),
-    "RTX 4090": (24, 165.0, 1.008),
-    "L40S": (48, 362.0, 0.864),
-    "A100 80 GB": (80, 312.0, 2.039),
-    "H100 SXM": (80, 989.0, 3.35),
-    "H200": (141, 989.0, 4.8),
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ def seconds(work: Work, attention: float, rates: Rates, *, reference: float = 0.
 
 def of_card(name: str) -> Rates:
     """An estimate for a card that need not be here."""
-    _, tera, bandwidth = CARDS[name]
+    tera, bandwidth = CARDS[name].teraflops, CARDS[name].terabytes
     rate = ATTAINED * tera * 1e12
     source = f"estimate: {ATTAINED:.0%} of {tera:.0f} TFLOP/s, {ATTAINED_MEMORY:.0%} of {bandwidth:.2g} TB/s"
     return Rates(rate, rate, rate, ATTAINED_MEMORY * bandwidth * 1e12, source)
