@@ -113,7 +113,8 @@ def per_sample(
 ) -> list[torch.Tensor]:
     """What `score` says of each sample: of its result for a packed batch, whose tensors are on the CPU, the rows of the sample.
 
-    `rows` says how many each has. Every rank of a run scores its share of the batches, and all get everything.
+    `rows` says how many each has. Every rank of a run scores its share of the batches, and all get everything;
+    all of them call `score` equally often.
     """
     bins, ranks = pack_samples(samples, max_tokens, share=share), current()
 
@@ -122,6 +123,8 @@ def per_sample(
         for k in numbers:
             pause()
             found.append(score(collate([samples[i] for i in bins[k]], share=share)))
+        for _ in range(-(-len(bins) // ranks.size) - len(numbers)):  # for nothing: others wait for this rank's layers, or its head
+            score(collate([samples[i] for i in bins[-1]], share=share))
         return found if ranks.size == 1 else [values.cpu() for values in found]
 
     parts: dict[int, torch.Tensor] = {}

@@ -1,12 +1,14 @@
 import random
 import time
+from typing import Any
 
 import pytest
 import torch
 
 from fastalign import packing
 from fastalign.errors import ConfigError
-from fastalign.packing import batches, collate, pack, pack_samples, packed_tokens, spared_tokens
+from fastalign.packing import batches, collate, pack, pack_samples, packed_tokens, per_sample, spared_tokens
+from fastalign.ranks import Ranks
 from fastalign.types import IGNORE_INDEX, Sample
 
 
@@ -206,3 +208,30 @@ def test_a_sample_that_only_fits_with_its_prompt_shared() -> None:
         pack_samples([SHARING[1], long, long], 33, share=True)
     with pytest.raises(ConfigError, match="sample 0 has 63 tokens, more than max_tokens=40"):
         pack_samples([long], 40)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_all_ranks_score_equally_often(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank with fewer batches would leave the others waiting for its layers."""
+    samples = [Sample(i, (1,), ((2,) * 9,)) for i in range(count)]
+    calls: dict[int, int] = {}
+    for index in range(2):
+
+        class Rank(Ranks):
+            size = 2
+
+            def spread(self, count: int, work: Any) -> list[Any]:
+                own = work(range(self.index, count, 2))
+                assert len(own) == len(range(self.index, count, 2))
+                return [own[0] if own else torch.zeros(1)] * count
+
+        rank = Rank()
+        rank.index = index
+        monkeypatch.setattr("fastalign.packing.current", lambda rank=rank: rank)
+
+        def score(batch: Any, index: int = index) -> torch.Tensor:
+            calls[index] = calls.get(index, 0) + 1
+            return torch.zeros(1)
+
+        per_sample(samples, 10, score, rows=[1] * count)
+    assert calls[0] == calls[1] == -(-count // 2)
