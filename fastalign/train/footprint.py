@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ LOGIT_PASSES = 2  # over a slab of logits besides its products: it is read, and 
 PIECES = 4  # sequences of the batch that is run: what they are cut into hardly changes what is kept
 
 # What holds memory, in the order of the table.
-WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UPDATE, COMPILED = PARTS = (
+WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UPDATE, COMPILED, GATHERED, TRAVELLING = PARTS = (
     "weights",
     "reference copy",
     "float32 copies of weights",
@@ -54,6 +54,8 @@ WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UP
     "temporaries of the backward",
     "temporaries of the update",
     "compiled products",
+    "gathered layers",  # of several processes, as the last one
+    "gradients that travel",
 )
 
 
@@ -109,6 +111,7 @@ def footprint(
     shapes: Shapes | None = None,
     known: dict[Any, tuple[dict[str, int], Work]] | None = None,
     brief: bool = False,
+    highest: str | None = None,
 ) -> Footprint:
     """The highest moment of steps of `model` (on any device, meta included) whose largest micro-batch has `tokens` tokens.
 
@@ -118,6 +121,7 @@ def footprint(
     batch        the micro-batch itself; None: a few sequences of the same length
     shapes       of all micro-batches; None: they are many, as in a long run on data of many lengths
     known        of micro-batches without `batch` that have been run before, by all that they depend on; for those who ask often
+    highest      "micro-batch" or "optimizer": the moment that is asked for; None: the higher one
     brief        of a deep model only a few layers are run, and the others are taken to be like them
 
     From the second step on, that is: with the optimizer's state. The sampling of online training is not in it, nor the forward of a
@@ -154,7 +158,7 @@ def footprint(
         raise ModelError(f"{name} cannot run on tensors without storage, so its memory is not predicted: {error}") from error
     step = {name: held[name] + own.get(name, 0) for name in PARTS}
     update[COMPILED] = step[COMPILED]
-    moment = "micro-batch" if sum(step.values()) >= sum(update.values()) else "optimizer"
+    moment = highest or ("micro-batch" if sum(step.values()) >= sum(update.values()) else "optimizer")
     trained_bytes = sum(map(_bytes, trained.values()))
     held_twice = trained_bytes + optimizer.master + optimizer.moments + optimizer.on_host  # is read and written
     work = replace(work, update=2.0 * held_twice + GRADIENT_PASSES * total(each.values()).gradient)
@@ -184,23 +188,38 @@ class Shapes:
         return max(0, int(max(found)))
 
 
-def footprint_of_steps(model: nn.Module, config: RunConfig, steps: Iterable[Sequence[Sample]], *, max_tokens: int) -> Footprint:
-    """The highest moment of these steps, by their largest micro-batch, on the device where `model` is."""
+def footprint_of_steps(
+    model: nn.Module,
+    config: RunConfig,
+    steps: Iterable[Sequence[Sample]],
+    *,
+    max_tokens: int,
+    device: torch.device | None = None,
+    dealt: Callable[[Sequence[Sample]], list[list[Sample]]] | None = None,
+    predict: Callable[..., Footprint] = footprint,
+) -> Footprint:
+    """The highest moment of these steps, by their largest micro-batch, on `device` (None: where `model` is).
+
+    Of several processes `dealt` says what this one has of a step, and `predict` is what takes the place of `footprint`.
+    """
     share = config.share_prompts
     shapes, largest, size, accumulates = Shapes(), None, (0, 0), False
     for samples in steps:
-        bins = [[samples[i] for i in members] for members in pack_samples(samples, max_tokens, share=share)]
+        if dealt is not None:
+            bins = dealt(samples)
+        else:
+            bins = [[samples[i] for i in members] for members in pack_samples(samples, max_tokens, share=share)]
         accumulates |= len(bins) > 1
         for members in bins:
             batch = collate(members, share=share)
             shapes.add(batch)
             if (held := (len(batch.input_ids), len(batch.live))) > size:
                 largest, size = batch, held
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     layers = getattr(text_config(causal_lm(model)), "num_hidden_layers", 1)
     if largest is not None and len(largest.bounds) * layers > MOST_PIECES:
         largest = None
-    return footprint(model, config, tokens=size[0], rows=size[1], accumulates=accumulates, device=device, batch=largest, shapes=shapes)
+    return predict(model, config, tokens=size[0], rows=size[1], accumulates=accumulates, device=device, batch=largest, shapes=shapes)
 
 
 def keeps_copy(config: Any) -> bool:
@@ -214,8 +233,8 @@ def keeps_copy(config: Any) -> bool:
     return kind in ("copy", "stream") or bool(getattr(config, "sync_ref_model", False))
 
 
-def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.device) -> Plan | None:
-    """How the head would be computed for the policy; None of a model without one."""
+def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.device, *, parts: int = 1) -> Plan | None:
+    """How the head would be computed for the policy, or for one of `parts` equal runs of its rows; None of a model without one."""
     weight, budget = head_weight(model), config.logits_budget
     if weight is None:
         return None
@@ -223,7 +242,8 @@ def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.devi
         budget = ELSEWHERE
     return make_plan(
         rows,
-        *weight.shape,
+        -(-weight.shape[0] // parts),
+        weight.shape[1],
         dtype=weight.dtype,
         device=device,
         head_grad=weight.requires_grad,
