@@ -179,7 +179,7 @@ class _Rows(Division):
 
     def spread(self, weights: Mapping[str, nn.Parameter]) -> None:
         whole = [weight.detach() for weight in weights.values() if not _is_divided(weight)]
-        for bucket in _buckets(whole):
+        for bucket in buckets(whole):
             widths = [_width(weight, self.size) for weight in bucket]
             sent = bucket[0].new_zeros(sum(widths))
             _lay(sent, [_part(weight, self.index, self.size) for weight in bucket], widths)
@@ -206,7 +206,7 @@ class _Rows(Division):
         """This process's rows of the sums of `grads` over all processes, in float32 at least, in the same order."""
         found: dict[int, Tensor] = {}
         place = {id(grad): i for i, grad in enumerate(grads)}
-        for bucket in _buckets(grads):
+        for bucket in buckets(grads):
             widths = [_width(grad, self.size) for grad in bucket]
             wide = torch.promote_types(bucket[0].dtype, torch.float32)
             sent = torch.zeros(self.size, sum(widths), dtype=wide, device=bucket[0].device)
@@ -214,6 +214,7 @@ class _Rows(Division):
                 _lay(row, [_part(grad, rank, self.size) for grad in bucket], widths)
             received = sent.new_empty(sent.shape[1])
             dist.reduce_scatter_tensor(received, sent.view(-1), group=self.shard)
+            del sent, row  # before the next ones are made
             if self.replicas.size() > 1:
                 dist.all_reduce(received, group=self.replicas)
             for grad, taken in zip(bucket, received.split(widths)):
@@ -280,7 +281,7 @@ def _lay(row: Tensor, parts: Iterable[Tensor], widths: Sequence[int]) -> None:
         place[: part.numel()] = part.reshape(-1)
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one dtype and, but for a single larger one, at most BUCKET elements."""
     bucket: list[Tensor] = []
     for tensor in sorted(tensors, key=lambda t: str(t.dtype)):
@@ -292,15 +293,21 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def layers_of(model: nn.Module) -> list[Any]:
+    """The layers of the decoder, which shard full divides. Raises ModelError where there is no list of them."""
+    trunk = decoder(causal_lm(model))
+    stacks = [module for module in trunk.children() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise ModelError(f"{type(trunk).__name__} has no list of layers that could be divided; set --parallel.shard optimizer")
+    return max((list(stack) for stack in stacks), key=len)
+
+
 def _divide_layers(model: nn.Module, mesh: Any, config: RunConfig) -> list[Any]:
     """FSDP2 for the layers of the decoder, each a group; the other weights stay as they are."""
     trunk = decoder(causal_lm(model))
     if config.model.quantization:
         raise ConfigError("parallel.shard full cannot divide 4-bit weights; set --parallel.shard optimizer")
-    stacks = [module for module in trunk.children() if isinstance(module, nn.ModuleList)]
-    if not stacks:
-        raise ModelError(f"{type(trunk).__name__} has no list of layers that could be divided; set --parallel.shard optimizer")
-    layers = max((list(stack) for stack in stacks), key=len)
+    layers = layers_of(model)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = {p for p in trunk.parameters() if id(p) not in inside}
     if any(id(p) in inside for module in model.modules() if module not in set(trunk.modules()) for p in module._parameters.values()):
@@ -334,16 +341,22 @@ def _divide_layers(model: nn.Module, mesh: Any, config: RunConfig) -> list[Any]:
 
 def _precision(layer: nn.Module, config: RunConfig) -> MixedPrecisionPolicy:
     """How `layer` is gathered. Trainable 16-bit weights become float32, which is what is divided, and are gathered as they were."""
+    working = working_dtype(layer, config)
+    if working is not None:
+        for p in layer.parameters():
+            p.data = p.data.float()
+    return MixedPrecisionPolicy(param_dtype=working, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def working_dtype(layer: nn.Module, config: RunConfig) -> torch.dtype | None:
+    """The 16-bit dtype that `layer` is gathered in, of which float32 weights are divided; None: it is divided as it is."""
     trained = {p.dtype for p in layer.parameters() if p.requires_grad}
     found = {p.dtype for p in layer.parameters()}
-    working = None
     if config.master_weights and trained - {torch.float32}:
         if len(found) > 1:
             names = ", ".join(sorted(str(dtype) for dtype in found))
             raise ConfigError(f"parallel.shard full needs layers of one dtype to train them, these have {names}; set it to optimizer")
-        (working,) = found
-        for p in layer.parameters():
-            p.data = p.data.float()
-    elif len(trained) > 1:
+        return found.pop()
+    if len(trained) > 1:
         raise ConfigError("parallel.shard full needs trainable weights of one dtype in a layer; set it to optimizer")
-    return MixedPrecisionPolicy(param_dtype=working, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return None

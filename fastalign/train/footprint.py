@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ LOGIT_PASSES = 2  # over a slab of logits besides its products: it is read, and 
 PIECES = 2  # sequences of the batch that is run: what they are cut into hardly changes what is kept
 
 # What holds memory, in the order of the table.
-WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UPDATE, COMPILED = PARTS = (
+WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UPDATE, COMPILED, GATHERED, TRAVELLING = PARTS = (
     "weights",
     "reference copy",
     "float32 copies of weights",
@@ -53,6 +53,8 @@ WEIGHTS, REFERENCE, MASTERS, MOMENTS, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD, UP
     "temporaries of the backward",
     "temporaries of the update",
     "compiled products",
+    "gathered layers",  # of several processes, as the last one
+    "gradients that travel",
 )
 
 
@@ -221,23 +223,38 @@ class Shapes:
         return max(0, int(max(found)))
 
 
-def footprint_of_steps(model: nn.Module, config: RunConfig, steps: Iterable[Sequence[Sample]], *, max_tokens: int) -> Footprint:
-    """The highest moment of these steps, by their largest micro-batch, on the device where `model` is."""
+def footprint_of_steps(
+    model: nn.Module,
+    config: RunConfig,
+    steps: Iterable[Sequence[Sample]],
+    *,
+    max_tokens: int,
+    device: torch.device | None = None,
+    dealt: Callable[[Sequence[Sample]], list[list[Sample]]] | None = None,
+    predict: Callable[..., Footprint] = footprint,
+) -> Footprint:
+    """The highest moment of these steps, by their largest micro-batch, on `device` (None: where `model` is).
+
+    Of several processes `dealt` says what this one has of a step, and `predict` is what takes the place of `footprint`.
+    """
     share = config.share_prompts
     shapes, largest, size, accumulates = Shapes(), None, (0, 0), False
     for samples in steps:
-        bins = [[samples[i] for i in members] for members in pack_samples(samples, max_tokens, share=share)]
+        if dealt is not None:
+            bins = dealt(samples)
+        else:
+            bins = [[samples[i] for i in members] for members in pack_samples(samples, max_tokens, share=share)]
         accumulates |= len(bins) > 1
         for members in bins:
             batch = collate(members, share=share)
             shapes.add(batch)
             if (held := (len(batch.input_ids), len(batch.live))) > size:
                 largest, size = batch, held
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     layers = getattr(text_config(causal_lm(model)), "num_hidden_layers", 1)
     if largest is not None and len(largest.bounds) * layers > MOST_PIECES:
         largest = None
-    return footprint(model, config, tokens=size[0], rows=size[1], accumulates=accumulates, device=device, batch=largest, shapes=shapes)
+    return predict(model, config, tokens=size[0], rows=size[1], accumulates=accumulates, device=device, batch=largest, shapes=shapes)
 
 
 def keeps_copy(config: Any) -> bool:
@@ -251,8 +268,8 @@ def keeps_copy(config: Any) -> bool:
     return kind in ("copy", "stream") or bool(getattr(config, "sync_ref_model", False))
 
 
-def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.device) -> Plan | None:
-    """How the head would be computed for the policy; None of a model without one."""
+def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.device, *, parts: int = 1) -> Plan | None:
+    """How the head would be computed for the policy, or for one of `parts` equal runs of its rows; None of a model without one."""
     weight, budget = head_weight(model), config.logits_budget
     if weight is None:
         return None
@@ -260,7 +277,8 @@ def head_plan(model: nn.Module, config: RunConfig, rows: int, device: torch.devi
         budget = ELSEWHERE
     return make_plan(
         rows,
-        *weight.shape,
+        -(-weight.shape[0] // parts),
+        weight.shape[1],
         dtype=weight.dtype,
         device=device,
         head_grad=weight.requires_grad,

@@ -35,6 +35,7 @@ from fastalign.train.checkpoint import Found, Identity, Progress
 from fastalign.train.config import RESUME_MAY_CHANGE, dump, flat
 from fastalign.train.folder import TEMPORARY, RunFolder, claim, publish, writing
 from fastalign.train.footprint import footprint_of_steps
+from fastalign.train.footprint_ranks import footprint_of_rank, unpredicted, without_storage
 from fastalign.train.host import Host, stop_requests
 from fastalign.train.metrics import MetricsWriter, NoMetrics, check_loggers, memory, rss_bytes
 from fastalign.train.optim import Optimizer, learning_rate, trainable
@@ -106,6 +107,7 @@ class _Run:
         self.config = config = with_max_tokens(
             config, self.model, self.data, folder.path, ranks, device=self.device, budget=host.memory_budget
         )
+        self.whole = without_storage(self.model) if ranks.size > 1 else self.model  # as it is before it is divided
         self.head_weight = lm_head_weight(self.model)
         self.embedding = causal_lm(self.model).get_input_embeddings()
         check_vocabulary(samples, len(self.embedding.weight if self.head_weight is None else self.head_weight))
@@ -285,17 +287,22 @@ class _Run:
             )  # fmt: skip
 
     def _predict(self) -> None:
-        """What the run will need, from its first steps; nothing where they are not known, or the model cannot run without storage."""
-        if isinstance(self.objective, Online) or self.ranks.size > 1:
+        """What this process will need, by its first steps; nothing where they or its share are unknown, or the model needs storage."""
+        if isinstance(self.objective, Online) or unpredicted(self.config, self.ranks.size, self.device):
             return
         steps = range(self.progress.step, min(self.progress.step + 16, self.order.total_steps))
-        limit = self.progress.max_tokens or self.config.token_limit
+        limit, ranks, share = self.progress.max_tokens or self.config.token_limit, self.ranks, self.config.share_prompts
+        options: dict[str, Any] = {"max_tokens": limit, "device": self.device}
+        if ranks.size > 1:
+            predict = partial(footprint_of_rank, processes=ranks.size)
+            options |= {"dealt": lambda samples: deal(samples, limit, ranks.size, share=share)[ranks.index], "predict": predict}
         try:
-            found = footprint_of_steps(self.model, self.config, map(self._samples, steps), max_tokens=limit)
+            self.footprint = found = footprint_of_steps(self.whole, self.config, map(self._samples, steps), **options)
         except ModelError as error:
             logger.debug("memory is not predicted: %s", error)
             return
-        self.predicted = found.peak if self.device.type == "cuda" else self.rss_before + found.growth
+        there = sum(tensor.numel() * tensor.element_size() for tensor in (*self.whole.parameters(), *self.whole.buffers()))
+        self.predicted = found.peak if self.device.type == "cuda" else self.rss_before + found.peak - there
         if found.peak >= TOLD_FROM:
             logger.info("memory: %.2f GiB predicted at the peak (%s)", self.predicted / 2**30, found)
 

@@ -17,7 +17,8 @@ from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.packing import collate, packed_tokens, spared_tokens
 from fastalign.ranks import Ranks
 from fastalign.train.config import read_mapping
-from fastalign.train.footprint import Footprint, footprint
+from fastalign.train.footprint import Footprint
+from fastalign.train.footprint_ranks import footprint_of_rank, unpredicted
 from fastalign.types import PackedBatch, Sample
 
 logger = logging.getLogger("fastalign")
@@ -37,9 +38,10 @@ def with_max_tokens(
 
     `device` is where the run trains; the model may not be there yet. The number is the largest one, a multiple of 64, with which the
     prediction stays within a share of the free memory (nine tenths of a CUDA device's, half of a host's), at most the tokens of the
-    longest step, and no less than the longest sample. Several processes take the smallest of theirs, each predicted as if it held all
-    that they divide. With a `budget` of bytes beside the weights a number is kept only where it fits, too. Raises ConfigError for a
-    model whose memory cannot be predicted, and where the longest sample does not fit the budget.
+    longest step, and no less than the longest sample. Several processes take the smallest of theirs, each predicted with what it holds,
+    or, where that is not known (`unpredicted`), as if it held all that they divide. With a `budget` of bytes beside the weights a number
+    is kept only where it fits, too. Raises ConfigError for a model whose memory cannot be predicted, and where the longest sample does
+    not fit the budget.
     """
     if config.max_tokens != "auto" and budget is None:
         return config
@@ -56,7 +58,7 @@ def with_max_tokens(
     found: dict[int, int] = {}
 
     def needed(tokens: int) -> int:
-        predicted = _footprint(config, model, samples, tokens)
+        predicted = _footprint(config, model, samples, tokens, ranks.size, device)
         there = budget is not None or (device.type == "cuda" and ranks.size == 1)  # the weights; a host reads them when they are used
         found[tokens] = predicted.growth if there else predicted.peak
         return found[tokens]
@@ -174,11 +176,14 @@ def _most_scored(config: RunConfig, samples: Iterable[Sample]) -> list[Sample]:
     return sorted(trained, key=lambda each: -each.num_targets / max(1, packed_tokens(each, share=config.share_prompts)))
 
 
-def _footprint(config: RunConfig, model: Any, samples: Sequence[Sample], tokens: int) -> Footprint:
-    """Of steps with micro-batches of so many tokens."""
+def _footprint(config: RunConfig, model: Any, samples: Sequence[Sample], tokens: int, processes: int = 1, device: Any = None) -> Footprint:
+    """Of steps with micro-batches of so many tokens; where what several processes hold is not known, as if each held everything."""
     batch, rows = filled(samples, tokens, share=config.share_prompts, most=PIECES)
-    device = next(model.parameters()).device
-    return footprint(model, config, tokens=tokens, rows=rows, device=device, batch=batch)
+    if processes == 1 or device is None:  # of several, the model may not be on its device yet
+        device = next(model.parameters()).device
+    if unpredicted(config, processes, torch.device(device)):
+        processes = 1
+    return footprint_of_rank(model, config, processes, tokens=tokens, rows=rows, device=device, batch=batch)
 
 
 def filled(samples: Sequence[Sample], tokens: int, *, share: bool, most: int) -> tuple[PackedBatch, int]:
