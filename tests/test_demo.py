@@ -118,7 +118,8 @@ def test_rows_of_the_recipes():
 
 def test_output_folder_holds_what_a_user_needs_to_repeat_it(tiny_demo, tmp_path):
     folder, summary, printed = tiny_demo
-    assert {path.name for path in folder.iterdir()} == set(demo.OWN_FILES) - {"teacher"}
+    files = {"model", "train.jsonl", "heldout.jsonl", "samples.jsonl", "run", "demo.json"}
+    assert {path.name for path in folder.iterdir()} == files and files <= set(demo.OWN_FILES)
     assert len(read(folder / "samples.jsonl")) == TINY.samples
     assert json.loads((folder / "demo.json").read_text()) == summary
     assert summary["command"] in printed
