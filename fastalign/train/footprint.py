@@ -31,7 +31,7 @@ from fastalign.objectives.online import OnlineConfig
 from fastalign.packing import collate, pack_samples
 from fastalign.train.flops import head_weight
 from fastalign.train.holdings import holdings, total
-from fastalign.train.onednn import CAPACITY, attention_blocks, compiled_bytes, product_key
+from fastalign.train.onednn import CAPACITY, Shapes, compiled_bytes, product_key
 from fastalign.types import PackedBatch, Sample, SharedPrompts
 
 BYTES_IN_NF4 = 4.127 / 8  # of a weight: 4 bits, and its share of doubly quantized scales
@@ -198,29 +198,6 @@ def moments(
     held_twice = trained_bytes + optimizer.master + optimizer.moments + optimizer.on_host  # is read and written
     work = replace(work, update=2.0 * held_twice + GRADIENT_PASSES * total(each.values()).gradient)
     return Moments(step, update, optimizer.on_host, work)
-
-
-class Shapes:
-    """The shapes of the micro-batches of a run in turn, which count where products are compiled for their shapes (`onednn`)."""
-
-    def __init__(self) -> None:
-        self.tokens: set[int] = set()
-        self.blocks: set[tuple[int, int]] = set()
-        self.seen: list[tuple[int, int, int]] = []  # of each micro-batch: its tokens, and how many sizes and blocks there were before
-
-    def add(self, batch: PackedBatch) -> None:
-        tokens = len(batch.input_ids)
-        self.tokens.add(tokens)
-        self.seen.append((tokens, len(self.tokens), len(self.blocks)))
-        self.blocks |= attention_blocks(batch)
-
-    def compiled(self, products: int, activations: float, tokens: int) -> int:
-        """Bytes of compiled products at the highest moment, before the backward of a micro-batch: a later one has more, but may be smaller.
-
-        `activations` are those of `tokens` tokens, the most that there are.
-        """
-        found = [compiled_bytes(products, sizes, blocks) - activations * (1 - own / tokens) for own, sizes, blocks in self.seen]
-        return max(0, int(max(found)))
 
 
 def footprint_of_steps(

@@ -52,3 +52,26 @@ def compiled_bytes(products: int, token_counts: int, blocks: int) -> int:
 def _parts(size: int, block: int) -> set[int]:
     whole, rest = divmod(size, block)
     return ({block} if whole else set()) | ({rest} if rest else set())
+
+
+class Shapes:
+    """The shapes of the micro-batches of a run in turn, which count where products are compiled for them."""
+
+    def __init__(self) -> None:
+        self.tokens: set[int] = set()
+        self.blocks: set[tuple[int, int]] = set()
+        self.seen: list[tuple[int, int, int]] = []  # of each micro-batch: its tokens, and how many sizes and blocks there were before
+
+    def add(self, batch: PackedBatch) -> None:
+        tokens = len(batch.input_ids)
+        self.tokens.add(tokens)
+        self.seen.append((tokens, len(self.tokens), len(self.blocks)))
+        self.blocks |= attention_blocks(batch)
+
+    def compiled(self, products: int, activations: float, tokens: int) -> int:
+        """Bytes of compiled products at the highest moment, before the backward of a micro-batch: a later one has more, but may be smaller.
+
+        `activations` are those of `tokens` tokens, the most that there are.
+        """
+        found = [compiled_bytes(products, sizes, blocks) - activations * (1 - own / tokens) for own, sizes, blocks in self.seen]
+        return max(0, int(max(found)))

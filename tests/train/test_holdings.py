@@ -14,9 +14,9 @@ from fastalign.models.load import load_model
 from fastalign.objectives.base import RunConfig
 from fastalign.objectives.dpo import DPOConfig
 from fastalign.packing import collate
-from fastalign.train.footprint import Shapes, footprint
+from fastalign.train.footprint import footprint
 from fastalign.train.holdings import holdings, total
-from fastalign.train.onednn import CAPACITY, COMPILED, attention_blocks, compiled_bytes, product_key
+from fastalign.train.onednn import CAPACITY, COMPILED, Shapes, attention_blocks, compiled_bytes, product_key
 from fastalign.train.optim import Optimizer
 from fastalign.types import Sample
 
