@@ -61,6 +61,7 @@ class Client:
 
 def run(folder: Path, size: Size, console: Console) -> dict[str, Any]:
     """Run the demo in the folder and print it; returns what `demo.json` holds."""
+    from fastalign.serve.loop.collect import CollectConfig
     from fastalign.serve.loop.config import OnlineConfig
     from fastalign.serve.loop.gate import GateConfig
     from fastalign.serve.loop.loop import online
@@ -86,9 +87,8 @@ def run(folder: Path, size: Size, console: Console) -> dict[str, Any]:
         (folder / "online").mkdir()
         report = _note(folder, rates[0])
         console.print(f"win rate against the first version, on {len(asked)} questions with digits that nobody else asks of: {rates[0]:.2f}")
-        config = OnlineConfig(
-            serve=client.url, output=str(folder / "online"), rounds=1, wait=False, train=LEARNING, gate=GateConfig(max_kl=2.0)
-        )
+        sections: dict[str, Any] = {"collect": CollectConfig(held_out=0.1), "gate": GateConfig(max_kl=2.0)}
+        config = OnlineConfig(client.url, output=str(folder / "online"), rounds=1, wait=False, train=LEARNING, **sections)
         for number in range(ROUNDS):
             console.rule(f"[bold]Round {number + 1}")
             votes = judge(client, questions[number * size.pairs : (number + 1) * size.pairs], seed=number)
