@@ -124,30 +124,9 @@ class Moments:
         return Moments(parts(self.step, more.step), parts(self.update, more.update), host, work)
 
 
-def footprint(
-    model: nn.Module,
-    config: RunConfig,
-    *,
-    tokens: int,
-    rows: int | None = None,
-    accumulates: bool = True,
-    device: torch.device | str = "cpu",
-    batch: PackedBatch | None = None,
-    shapes: Shapes | None = None,
-) -> Footprint:
-    """The highest moment of steps of `model` (on any device, meta included) whose largest micro-batch has `tokens` tokens.
-
-    rows         of them are scored; None: all
-    accumulates  a step has several micro-batches, so that gradients of the first are there during the second
-    device       that training runs on: it decides the head's slabs
-    batch        the micro-batch itself; None: a few sequences of the same length
-    shapes       of all micro-batches; None: they are many, as in a long run on data of many lengths
-
-    From the second step on, that is: with the optimizer's state. The sampling of online training is not in it, nor the forward of a
-    reference, which holds less than the step's own, nor what libraries and Python need. Raises ModelError for a model whose
-    layers look into their tensors.
-    """
-    return moments(model, config, tokens=tokens, rows=rows, accumulates=accumulates, device=device, batch=batch, shapes=shapes).footprint
+def footprint(model: nn.Module, config: RunConfig, **options: Any) -> Footprint:
+    """The highest moment of a step, with the options of `moments`."""
+    return moments(model, config, **options).footprint
 
 
 def moments(
@@ -162,7 +141,19 @@ def moments(
     shapes: Shapes | None = None,
     known: dict[Any, tuple[dict[str, int], Work]] | None = None,
 ) -> Moments:
-    """Both moments of `footprint`, with its arguments, and of whoever asks often what micro-batches without `batch` were found before."""
+    """Both moments of steps of `model` (on any device, meta included) whose largest micro-batch has `tokens` tokens.
+
+    rows         of them are scored; None: all
+    accumulates  a step has several micro-batches, so that gradients of the first are there during the second
+    device       that training runs on: it decides the head's slabs
+    batch        the micro-batch itself; None: a few sequences of the same length
+    shapes       of all micro-batches; None: they are many, as in a long run on data of many lengths
+    known        what micro-batches without `batch` were found to hold before, for those who ask often
+
+    From the second step on, that is: with the optimizer's state. The sampling of online training is not in it, nor the forward of a
+    reference, which holds less than the step's own, nor what libraries and Python need. Raises ModelError for a model whose
+    layers look into their tensors.
+    """
     rows, device = tokens if rows is None else rows, torch.device(device)
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     each = {key: holdings(p, config, device) for key, p in trained.items()}
