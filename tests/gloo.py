@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 
@@ -35,3 +37,20 @@ def _work(job: Callable[..., Any], index: int, size: int, file: str, to: Any) ->
         to.put((index, job(index, size), None))
     except BaseException:
         to.put((index, None, traceback.format_exc()))
+
+
+def end(numbers: Iterable[int], within: float = 20.0) -> bool:
+    """Whether these processes end: the pipes of one close a little before, and it may stay as a zombie where nobody asks how it ended."""
+    until = time.monotonic() + within
+    while any(_is_running(number) for number in numbers):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _is_running(number: int) -> bool:
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
