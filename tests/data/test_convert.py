@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,24 @@ def test_no_prompt_is_on_both_sides_not_even_in_another_spelling(tmp_path: Path)
     shuffled = random.Random(1).sample(rows, len(rows))
     run(tmp_path, shuffled, "pairs", "pairs", held_out=0.2)
     assert {row["prompt"] for row in read(tmp_path / "out.heldout.jsonl")} == {row["prompt"] for row in held_out}
+
+
+def test_messages_that_differ_in_case_and_white_space_are_one_prompt(tmp_path: Path) -> None:
+    """Also at their ends, by characters that JSON escapes, and in letters beyond ASCII."""
+    spellings = ["Über {} stones", "  über {}\tstones", "ÜBER\u00a0{}  Stones\n"]
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": f" brief{' ' * k}"}, {"role": "user", "content": text.format(i)}],
+            "chosen": [GOOD],
+            "rejected": [BAD],
+        }
+        for i in range(60)
+        for k, text in enumerate(spellings)
+    ]
+    train, _ = run(tmp_path, rows, "pairs", "pairs", held_out=0.3)
+    held_out = read(tmp_path / "out.heldout.jsonl")
+    numbers = [{int(re.search(r"\d+", row["prompt"][1]["content"])[0]) for row in part} for part in (train, held_out)]
+    assert not numbers[0] & numbers[1] and len(numbers[0] | numbers[1]) == 60 and len(numbers[1]) >= 8
 
 
 def test_what_is_written_is_what_the_loaders_read(tmp_path: Path) -> None:
