@@ -33,13 +33,13 @@ def processes(size: int, tmp_path: Path, job: Callable[[int, int], Any]) -> list
 
 def _work(job: Callable[..., Any], index: int, size: int, file: str, to: Any) -> None:
     try:
-        dist.init_process_group("gloo", init_method=f"file://{file}", rank=index, world_size=size, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=index, world_size=size, timeout=timedelta(seconds=300))
         to.put((index, job(index, size), None))
     except BaseException:
         to.put((index, None, traceback.format_exc()))
 
 
-def end(numbers: Iterable[int], within: float = 20.0) -> bool:
+def end(numbers: Iterable[int], within: float = 120.0) -> bool:
     """Whether these processes end: the pipes of one close a little before, and it may stay as a zombie where nobody asks how it ended."""
     until = time.monotonic() + within
     while any(_is_running(number) for number in numbers):

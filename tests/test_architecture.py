@@ -122,12 +122,13 @@ def test_test_files_have_names_of_their_own():
 
 
 def test_import_needs_only_torch_and_is_quick():
+    """Seconds would say how busy the machine is: what is loaded, and how much of it, is counted."""
     code = (
-        "import sys, time, torch; t = time.perf_counter(); import fastalign; fastalign.linear_logps; fastalign.losses.dpo;"
-        "print(time.perf_counter() - t); heavy = {'transformers', 'peft', 'datasets', 'matplotlib', 'rich', 'triton'} & set(sys.modules);"
-        "assert not heavy, heavy"
+        "import sys, torch; before = set(sys.modules); import fastalign; fastalign.linear_logps; fastalign.losses.dpo;"
+        "print(*sorted(set(sys.modules) - before))"
     )
-    took = min(
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout) for _ in range(3)
-    )
-    assert took < 0.3, f"import took {took:.2f} s above torch"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    loaded = done.stdout.split()
+    assert "fastalign.losses.preference" in loaded
+    assert not {name.split(".")[0] for name in loaded} - {"fastalign", "torch"} - sys.stdlib_module_names
+    assert len(loaded) < 80, loaded  # 28 at this writing, all small and ours: about 0.05 s

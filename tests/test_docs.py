@@ -1,7 +1,8 @@
 """Runs what the documentation shows: every command and every Python block of README.md and docs/*.md, in order.
 
 A page runs in a folder of its own that holds what the pages take for granted: `my-model/` (a tiny model), `pairs.jsonl` and
-`heldout.jsonl`. A YAML block whose first line is a comment with a file name, such as `# run.yaml`, becomes that file.
+`heldout.jsonl`. A YAML block whose first line is a comment with a file name, such as `# run.yaml`, becomes that file. Services get
+free ports in place of those that a page names.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +73,17 @@ def execute(command: str) -> None:
     assert code == 0, f"{command!r} ended with {code}"
 
 
+def with_free_ports(text: str) -> str:
+    """The page with every port that one of its services listens at replaced: another program may have it."""
+    named = sorted(set(re.findall(r"--port (\d+)", text)))
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in named]
+        for own in held:
+            own.bind(("127.0.0.1", 0))
+        free = {port: str(own.getsockname()[1]) for port, own in zip(named, held)}
+    return re.sub("|".join(rf"\b{port}\b" for port in named), lambda found: free[found[0]], text) if named else text
+
+
 def run_page(text: str) -> int:
     """Execute a page in the current folder; returns how many commands and Python blocks ran."""
     ran = 0
@@ -113,7 +126,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page(page: Path, folder: Path) -> None:
-    ran = run_page(page.read_text(encoding="utf-8"))
+    ran = run_page(with_free_ports(page.read_text(encoding="utf-8")))
     if page == ROOT / "README.md":
         assert ran >= 5  # train, resume, evaluate, report, check: the README has not lost its commands
 
@@ -159,3 +172,10 @@ exit 1
         run_page("```python\n1 / 0\n```")
     with pytest.raises(AssertionError, match="line 1: code block without end"):
         run_page("```bash\nls")
+
+
+def test_services_of_a_page_listen_at_free_ports() -> None:
+    first, again, other, rows = with_free_ports("serve --port 8177\ncurl :8177/x\nserve --port 8178\n81779 rows").splitlines()
+    port = first.removeprefix("serve --port ")
+    assert port != "8177" and again == f"curl :{port}/x" and other not in (first, "serve --port 8178") and rows == "81779 rows"
+    assert with_free_ports("8177 rows") == "8177 rows"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -97,10 +96,10 @@ print(os.getpid(), flush=True)
     waits = """
 os.getppid = lambda: before.pop() if before else 1
 before = [7, 7]
-end_with_parent(grace=0.1)
-time.sleep(60)
+end_with_parent(grace=%s)
+time.sleep(500)
 """
-    started = time.monotonic()
-    found = subprocess.run([sys.executable, "-c", code + waits], capture_output=True, text=True, timeout=50)
+    grace = 0.1 if deaf else 400  # who listens has time to answer, on however busy a machine
+    found = subprocess.run([sys.executable, "-c", code + waits % grace], capture_output=True, text=True, timeout=300)
     assert found.stdout.splitlines()[1:] == ([] if deaf else ["asked"])
-    assert end([int(found.stdout.split()[0])]) and time.monotonic() - started < 40
+    assert end([int(found.stdout.split()[0])])

@@ -42,8 +42,17 @@ class Judgement:
 
     def split_key(self) -> bytes:
         """As `prompt_key`, but equal also for prompts that differ in case or white space only."""
-        text = self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
-        return digest(" ".join(text.casefold().replace("\\n", " ").split()))
+        prompt = _plain(self.prompt)
+        return digest(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
+
+
+def _plain(value: Any) -> Any:
+    """A value whose texts are without case, and have single blanks for their white space and none at their ends."""
+    if isinstance(value, str):
+        return " ".join(value.casefold().split())
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,11 @@ class Prepared(Protocol):
     def prepares(self) -> bool:
         """Whether `prepare` does anything with the options of the run."""
 
-    def prepare(self, samples: Sequence[Sample]) -> None:
-        """Called without gradient before the step's first micro-batch, with all its samples: what `loss` must know of the others."""
+    def prepare(self, samples: Sequence[Sample], max_tokens: int | None = None) -> None:
+        """Called without gradient before the step's first micro-batch, with all its samples: what `loss` must know of the others.
+
+        `max_tokens` of a micro-batch are known to fit, or are tried next; None: as many as the options say.
+        """
 
 
 @runtime_checkable

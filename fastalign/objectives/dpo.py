@@ -200,9 +200,9 @@ class DPO:
     def prepares(self) -> bool:
         return self.coupled
 
-    def prepare(self, samples: Sequence[Sample]) -> None:
+    def prepare(self, samples: Sequence[Sample], max_tokens: int | None = None) -> None:
         """What the losses that couple the step know of every pair: its ranks among the others, or its share and derivatives."""
-        logps, ref_logps = self._score(samples)
+        logps, ref_logps = self._score(samples, max_tokens or self.config.token_limit)
         if self.joint:
             self.shares = {sample.index: tuple(row) for sample, row in zip(samples, self._joint_shares(samples, logps, ref_logps).tolist())}
         ratios = logps - ref_logps
@@ -293,7 +293,7 @@ class DPO:
             (slopes,) = torch.autograd.grad(shares.sum(), leaves)
         return torch.cat([shares.detach()[:, None], slopes], dim=1)
 
-    def _score(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    def _score(self, samples: Sequence[Sample], max_tokens: int) -> tuple[Tensor, Tensor]:
         """(P, 2) log-probs of the samples under the policy and the reference, without gradient."""
         config = self.config
 
@@ -302,7 +302,7 @@ class DPO:
             scored = sequence_logps(self.model, batch, head=self.head, budget=config.logits_budget, ld_alpha=config.ld_alpha)
             return torch.stack([scored, self._ref_logps(batch)], dim=1)
 
-        found = per_sample(samples, config.token_limit, score, rows=[2] * len(samples), share=config.share_prompts)
+        found = per_sample(samples, max_tokens, score, rows=[2] * len(samples), share=config.share_prompts)
         logps, ref_logps = torch.stack(found).unbind(2)
         return logps, ref_logps
 

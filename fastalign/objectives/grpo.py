@@ -239,7 +239,7 @@ class GRPO(Buffered):
     def prepares(self) -> bool:
         return self.config.top_entropy_quantile < 1
 
-    def prepare(self, samples: Sequence[Sample]) -> None:
+    def prepare(self, samples: Sequence[Sample], max_tokens: int | None = None) -> None:
         """Which tokens have a policy term: a quantile is known only when the entropies of all of the step's answers are.
 
         A mask rather than a bound is kept, so that a token at the bound is on one side of it, however `loss` is cut.
@@ -250,7 +250,7 @@ class GRPO(Buffered):
         high = torch.zeros(bounds[-1], dtype=torch.bool)
         if counted:
             places = self.rollouts.of_tokens(torch.arange(bounds[-1]), counted)
-            entropy = self.rollout.entropies([everything[i] for i in counted])
+            entropy = self.rollout.entropies([everything[i] for i in counted], max_tokens)
             high[places] = top_entropy_mask(entropy, quantile=self.config.top_entropy_quantile)
         self.high_entropy = high
 

@@ -118,9 +118,9 @@ class KTO:
     def prepares(self) -> bool:
         return bool(self.mismatched)
 
-    def prepare(self, samples: Sequence[Sample]) -> None:
+    def prepare(self, samples: Sequence[Sample], max_tokens: int | None = None) -> None:
         """The step's KL."""
-        self.kl = self._estimate([self.mismatched[sample.index] for sample in samples])
+        self.kl = self._estimate([self.mismatched[sample.index] for sample in samples], max_tokens)
 
     @property
     def copies(self) -> list[nn.Module]:
@@ -188,16 +188,17 @@ class KTO:
         return self._estimate([_with_completion(own, other, self.longest) for own, other in zip(samples, [samples[-1], *samples])])
 
     @torch.no_grad()
-    def _estimate(self, rows: Sequence[Sample]) -> Tensor:
+    def _estimate(self, rows: Sequence[Sample], max_tokens: int | None = None) -> Tensor:
         """The KL from mismatched rows, a scalar; policy and reference score them in packs of their own."""
-        device = self.head.weight.device
+        device, longest = self.head.weight.device, max(row.num_tokens for row in rows)  # which may be longer than the samples
+        limit = max(longest, max_tokens or self.config.token_limit)
 
         def score(packed: PackedBatch) -> Tensor:
             batch = packed.to(device)
             policy = sequence_logps(self.model, batch, head=self.head, budget=self.config.logits_budget)
             return torch.stack([policy, self.mismatched_reference.logps(batch)], dim=1)
 
-        found = per_sample(rows, self.config.token_limit, score, rows=[1] * len(rows), share=self.config.share_prompts)
+        found = per_sample(rows, limit, score, rows=[1] * len(rows), share=self.config.share_prompts)
         logps, ref_logps = torch.cat(found).to(device).unbind(1)
         return mismatched_kl(logps, ref_logps, torch.tensor([row.num_targets > 0 for row in rows]).to(device))
 

@@ -239,7 +239,7 @@ class Rollout:
         found = [self.prompt_of[index] for index in rollouts.prompts.tolist()]
         return [Sample(i, p.prompt, (tuple(part.tolist()),), p.weight) for i, (p, part) in enumerate(zip(found, parts))]
 
-    def entropies(self, samples: Sequence[Sample]) -> Tensor:
+    def entropies(self, samples: Sequence[Sample], max_tokens: int | None = None) -> Tensor:
         """(T,) float32 on the CPU, nats, of the distribution before each token of these answers, in their order; without gradient."""
 
         def of(batch: PackedBatch) -> Tensor:
@@ -252,16 +252,20 @@ class Rollout:
             return entropy
 
         with torch.no_grad():
-            return self.scored(samples, of)
+            return self.scored(samples, of, max_tokens)
 
-    def scored(self, samples: Sequence[Sample], found: Callable[[PackedBatch], Tensor]) -> Tensor:
-        """(T, ...) on the CPU, what `found` says of the scored tokens of a batch, for all these answers in their order."""
+    def scored(self, samples: Sequence[Sample], found: Callable[[PackedBatch], Tensor], max_tokens: int | None = None) -> Tensor:
+        """(T, ...) on the CPU, what `found` says of the scored tokens of a batch, for all these answers in their order.
+
+        A batch has at most `max_tokens` tokens; None: as many as the options say.
+        """
         device, rows = next(self.model.parameters()).device, [len(sample.completions[0]) for sample in samples]
+        limit = max_tokens or self.config.token_limit
 
         def score(batch: PackedBatch) -> Tensor:
             return found(batch.to(device)).float().cpu()
 
-        return torch.cat(per_sample(samples, self.config.token_limit, score, rows=rows, share=self.config.share_prompts))
+        return torch.cat(per_sample(samples, limit, score, rows=rows, share=self.config.share_prompts))
 
     def shown(self, rollouts: Rollouts, answers: Sequence[int]) -> list[dict[str, Any]]:
         """These answers as a reader wants them: text, length, rewards by name (None where a function had nothing to say), and their

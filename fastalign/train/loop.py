@@ -241,14 +241,14 @@ class _Run:
         """
         share, progress, ranks = self.config.share_prompts, self.progress, self.ranks
         while True:
-            limit = progress.max_tokens or self.config.token_limit
+            limit = self._limit(samples)
             bins = deal(samples, limit, ranks.size, share=share)
             own, found = bins[ranks.index], None
             idle = self.weights.idle(bins, ranks.index)
             before = checkpoint.rng_state()
             options: dict[str, Any] = {
                 "device": self.device, "backward": backward, "share": share, "idle": idle, "whole": self.weights.whole,
-                "before_last": before_last,
+                "before_last": before_last, "max_tokens": limit,
             }  # fmt: skip
             try:
                 found = run_step(self.objective, own, samples=samples if ranks.size > 1 else None, **options)
@@ -286,12 +286,18 @@ class _Run:
                 limit, progress.max_tokens,
             )  # fmt: skip
 
+    def _limit(self, samples: Sequence[Sample]) -> int:
+        """Tokens of a micro-batch of these samples: as many as were found to fit, or as the longest of them has."""
+        found = self.progress.max_tokens or self.config.token_limit
+        return max([found, *(packed_tokens(sample, share=self.config.share_prompts) for sample in samples)])
+
     def _predict(self) -> None:
         """What this process will need, by its first steps; nothing where they or its share are unknown, or the model needs storage."""
         if isinstance(self.objective, Online) or unpredicted(self.config, self.ranks.size, self.device):
             return
         steps = range(self.progress.step, min(self.progress.step + 16, self.order.total_steps))
-        limit, ranks, share = self.progress.max_tokens or self.config.token_limit, self.ranks, self.config.share_prompts
+        limit = max((self._limit(self._samples(step)) for step in steps), default=self._limit([]))
+        ranks, share = self.ranks, self.config.share_prompts
         options: dict[str, Any] = {"max_tokens": limit, "device": self.device}
         if ranks.size > 1:
             predict = partial(footprint_of_rank, processes=ranks.size)

@@ -139,20 +139,22 @@ def run_step(
     idle: Sequence[Sequence[Sample]] = (),
     whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     before_last: Callable[[Tensor], None] | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Add the gradient of the loss of all samples to the weights, one bin at a time.
 
     `before_last` is called with the loss of the whole step before the backward of the last bin. Returns the metric sums, still on the
     device, and the denominators. None of it depends on how the samples are cut into bins, or on whether those of a bin share their
     prompts. Where other processes have bins of the step, too, `samples` are all of its samples, and `idle` are bins that this one runs
-    after its own for nothing, so that all processes run the layers equally often; inside of `whole` they need not.
+    after its own for nothing, so that all processes run the layers equally often; inside of `whole` they need not. What is scored
+    before the first bin is cut into bins of `max_tokens`; None: as the objective's options say.
     """
     if samples is None:
         samples = [sample for members in bins for sample in members]
     denominators = objective.denominators(samples)
     if isinstance(objective, Prepared) and objective.prepares:
         with torch.no_grad(), whole():
-            objective.prepare(samples)
+            objective.prepare(samples, max_tokens)
     totals: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
         for at, members in enumerate(bins):

@@ -194,9 +194,9 @@ def test_the_fingerprint_sees_ids_weights_cuts_and_the_split(tmp_path: Path) -> 
 
 def test_ten_thousand_pairs_take_seconds_and_little_memory(tmp_path: Path) -> None:
     path = write(tmp_path, preference_rows(10_000, conversational=True))
-    start = time.perf_counter()
+    start = time.process_time()  # what other processes take is not counted
     data = load(path)
-    assert time.perf_counter() - start < 30  # about 4 s on two idle cores
+    assert time.process_time() - start < 40  # about 4 s
     ids = {id(token) for sample in data.samples for part in (sample.prompt, *sample.completions) for token in part}
     assert len(ids) <= len(TOKENIZER), "equal token ids are one object"
 

@@ -67,7 +67,7 @@ def test_coroutine_functions_are_awaited_also_under_a_time_limit():
     async def mine(completions, **_):
         return [float(len(c)) for c in completions]
 
-    assert scored(mine) == scored(mine, timeout=5.0) == [[1.0], [1.0]]
+    assert scored(mine) == scored(mine, timeout=60.0) == [[1.0], [1.0]]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_exceptions_and_endless_functions_are_named():
     with pytest.raises(RewardError, match="reward mine raised KeyError: 'answer'"):
         scored(lambda **given: given["answer"])
     with pytest.raises(RewardError, match=r"reward mine: no result after 0.05 s"):
-        scored(lambda **_: time.sleep(1), timeout=0.05)
+        scored(lambda **_: time.sleep(60), timeout=0.05)  # in a thread that is left behind
     with pytest.raises(RewardError, match="reward mine raised TimeoutError"):  # its own, not ours
         scored(_times_out)
 

@@ -290,7 +290,7 @@ def test_a_server_that_is_late_or_was_started_anew(place: Path, tmp_path: Path) 
         engine.server.config.timeout = 60.0
         engine.sync()
         engine.server.config.timeout = 0.2
-        server.trouble = lambda path, before: 0.6
+        server.trouble = lambda path, before: 60.0  # in a thread that nobody waits for
         with pytest.raises(RolloutError, match=r"no answer within 0.2 s, after 3 attempts; raise --vllm.timeout"):
             engine.generate([[5, 9]], PLAIN, seed=(0,))
         server.trouble, engine.server.config.timeout = (lambda path, before: None), 60.0

@@ -64,6 +64,7 @@ class Running:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
         while not self.server.started:
+            assert self.thread.is_alive(), "the service did not start"
             time.sleep(0.01)
 
     @property

@@ -250,25 +250,28 @@ def test_a_change_of_version_waits_for_running_answers_and_new_ones_wait_for_it(
 
 
 def test_a_cancelled_request_frees_its_row_and_the_others_go_on(engine: Engine, monkeypatch):
-    widths = []
+    widths, left = [], threading.Event()
     forward = engine.models.base.forward
 
     def counted(*args, **kwargs):
         widths.append(len(kwargs["input_ids"]))
+        assert widths.count(2) < 8 or left.wait(60)
         return forward(*args, **kwargs)
 
     sampling = [RowSampling(200, seed=1), RowSampling(40, 0.0)]
     alone = finish(*ask(engine, (50, 51), sampling[1]))[0].tokens
     monkeypatch.setattr(engine.models.base, "forward", counted)
     engine.models.eos = frozenset([max(engine.models.eos)])
-    barrier = threading.Event()
-    thread = threading.Thread(target=lambda: engine._between_answers(lambda: barrier.wait(10)))
+    barrier, entered = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: engine._between_answers(lambda: (entered.set(), barrier.wait(60))))
     thread.start()
+    assert entered.wait(60)
     long, heard_long = ask(engine, (40, 41, 42, 43), sampling[0])
     other, heard = ask(engine, (50, 51), sampling[1])
     barrier.set()
-    heard_long.get(timeout=10)
+    heard_long.get(timeout=60)
     long.cancel()
+    left.set()
     [row] = finish(other, heard)
     thread.join()
     assert row.tokens == alone and widths[0] == 2 and widths[-1] == 1 and widths.count(2) < 15 and long.rows[0].finish_reason is None

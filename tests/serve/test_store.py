@@ -171,7 +171,7 @@ def test_of_promotions_at_once_that_expect_the_same_version_one_succeeds(store: 
 
     def run(name: str) -> None:
         with Store(tmp_path / "feedback.db") as mine:
-            barrier.wait(10)
+            barrier.wait(60)
             try:
                 outcomes.append(mine.promote(name, expected="base").name)
             except StoreConflictError:
@@ -285,8 +285,8 @@ def test_a_full_disk_says_so_keeps_what_was_acknowledged_and_works_again(store: 
 
 def test_a_cancelled_write_does_not_stop_the_writer(store: Store):
     started, go = threading.Event(), threading.Event()
-    slow = store.database.write(lambda c: (started.set(), go.wait(5)))
-    started.wait(5)
+    slow = store.database.write(lambda c: (started.set(), go.wait(60)))
+    started.wait(60)
     cancelled = store.database.write(lambda c: c.execute("DELETE FROM versions"))
     assert cancelled.cancel()
     go.set()

@@ -88,12 +88,12 @@ def test_training_waits_no_longer_than_its_patience_for_a_turn_that_never_comes(
         pass
     begun = time.monotonic()
     with turns.training():
-        assert 0.2 <= time.monotonic() - begun < 10
+        assert 0.2 <= time.monotonic() - begun < 30
     with turns.serving():
         pass
-    begun = time.monotonic()
+    turns.patience, begun = 60.0, time.monotonic()
     with turns.training():
-        assert time.monotonic() - begun < 0.2
+        assert time.monotonic() - begun < 30
 
 
 def test_a_long_turn_of_the_service_does_not_stop_its_answers_when_training_is_due():

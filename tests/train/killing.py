@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ from fastalign.objectives.grpo import GRPOConfig
 from fastalign.train.metrics import read_metrics
 
 FSYNC_SECONDS = 0.004
+ATTEMPTS = 10  # to kill a run in a place
 ANYWHERE, GENERATING, REUSING, SAVING = "anywhere", "generating", "reusing", "saving"
 TARGETS = {"full": (ANYWHERE, SAVING), "lora": (ANYWHERE, SAVING)} | dict.fromkeys(
     ("grpo", "grpo-lora"), (ANYWHERE, GENERATING, REUSING, SAVING)
@@ -154,8 +156,8 @@ def kill(pid: int) -> bool:
     return True
 
 
-def stop_within(pid: int, place: Place, name: str, visit: int, rng: random.Random, seconds: float) -> None:
-    """Halt a child at a random moment of its `visit`-th stay in a place that takes `seconds`, or of a later stay, or at its end."""
+def stop_within(pid: int, place: Place, name: str, visit: int, rng: random.Random, seconds: float) -> bool:
+    """Halt a child at a random moment of its `visit`-th stay in a place that takes `seconds`, or of a later stay; False: at its end."""
     at = Place.NAMES.index(name)
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if place.visits[at] < visit or place.now[0] != at:
@@ -165,9 +167,10 @@ def stop_within(pid: int, place: Place, name: str, visit: int, rng: random.Rando
         os.kill(pid, signal.SIGSTOP)
         os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         if place.now[0] == at:
-            return
+            return True
         visit = int(place.visits[at]) + 1
         os.kill(pid, signal.SIGCONT)
+    return False
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -195,15 +198,22 @@ def main(inputs: Path, work: Path, kills: int, kinds: list[str]) -> dict[str, An
         seconds[kind] = time.perf_counter() - started
     trials, targets = [], TARGETS[kinds[0]]
     for k in range(kills):
-        kind, run, place = kinds[k // len(targets) % len(kinds)], work / f"run-{k}", Place()
+        kind, run = kinds[k // len(targets) % len(kinds)], work / f"run-{k}"
         target = targets[k % len(targets)]
-        pid = start(config(kind, inputs, run, resume=False), log, place)
-        if target == ANYWHERE:
-            time.sleep(seconds[kind] * (k + rng.random()) / kills)
-        else:
+        for _ in range(ATTEMPTS):
+            place = Place()
+            pid = start(config(kind, inputs, run, resume=False), log, place)
+            if target == ANYWHERE:
+                time.sleep(seconds[kind] * (k + rng.random()) / kills)
+                break
             at = Place.NAMES.index(target)
             visits = int(calm[kind].visits[at])
-            stop_within(pid, place, target, rng.randint(1, visits), rng, calm[kind].seconds[at] / visits)
+            if stop_within(pid, place, target, rng.randint(1, visits), rng, calm[kind].seconds[at] / visits):
+                break
+            finish(pid, log)  # a busy machine let this process look too late, every time
+            shutil.rmtree(run)
+        else:
+            raise SystemExit(f"{ATTEMPTS} runs ended before one could be halted while {target}")
         killed = kill(pid)
         trial: dict[str, Any] = {
             "kind": kind,

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -108,7 +108,7 @@ def test_rows_whose_judge_takes_too_long_or_answers_nonsense_are_kept_and_the_ru
     pytest.importorskip("openai", reason="what label does when an endpoint fails is unproven here")
     from rollout.endpoint import Endpoint, prefers_longer
 
-    asked, mended = [], []
+    asked, mended, over = [], [], threading.Event()
 
     def reply(messages):
         question = messages[0]["content"]
@@ -117,13 +117,13 @@ def test_rows_whose_judge_takes_too_long_or_answers_nonsense_are_kept_and_the_ru
         if row in mended:
             return prefers_longer(messages)
         if row == "who?":
-            time.sleep(1.5)
+            over.wait(60)
         return {"how?": "Both have their merits.", "where?": b"<html>502</html>"}.get(row) or prefers_longer(messages)
 
     rows = [*ROWS[:3], {"prompt": "where?", "completions": ["here", "there"]}, {"prompt": "which?", "completions": ["this", "the other"]}]
     Path(config.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Endpoint(reply) as endpoint:
-        config.judge = JudgeConfig(url=endpoint.url, model="m", timeout=0.5, retries=0, workers=1)
+        config.judge = JudgeConfig(url=endpoint.url, model="m", timeout=2.0, retries=0, workers=1)
         config.max_failures = 3
         with pytest.raises(JudgeError, match=r"3 rows in a row without a verdict, the last: .*what was judged is kept"):
             label(config)
@@ -141,6 +141,7 @@ def test_rows_whose_judge_takes_too_long_or_answers_nonsense_are_kept_and_the_ru
         mended += ["who?", "where?"]
         again = LabelConfig(str(failed), str(tmp_path / "again.jsonl"), config.judge)
         assert label(again)["failed"] == 0
+        over.set()
     assert [(row["prompt"], row["scores"]) for row in read(again.output)] == [("who?", [0.0, 1.0]), ("where?", [0.0, 1.0])]
 
 

@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 from tiny import preference_rows, save_tiny
 
 from fastalign import train
-from fastalign.data.config import DataConfig
+from fastalign.data.config import DataConfig, UnpairedDataConfig
 from fastalign.errors import DeviceMemoryError
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.trunk import trunk
 from fastalign.objectives import dpo
 from fastalign.objectives.dpo import DPOConfig
+from fastalign.objectives.kto import KTOConfig
 from fastalign.train import loop
 from fastalign.train.metrics import read_metrics
+from fastalign.train.step import Order
 
 
 @pytest.fixture
@@ -124,6 +126,54 @@ def test_a_resumed_run_goes_on_with_the_smaller_batches(inputs: Path, monkeypatc
     assert device.failures == failures
     expected, found = weights(whole), weights(resumed)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["kto", "aot"])
+def test_what_is_scored_before_the_first_micro_batch_is_cut_smaller_too(
+    kind: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The KL of KTO, and the ranks of all pairs, are estimated without gradient from all samples of the step."""
+
+    def run(name: str) -> Any:
+        pairs = config(inputs, name, lora=LoraConfig(r=4), max_steps=3, **({"loss_type": "aot"} if kind == "aot" else {}))
+        if kind == "aot":
+            return train(pairs)
+        same = ("model", "output", "batch_size", "max_tokens", "share_prompts", "learning_rate", "adam_epsilon", "lora", "max_steps")
+        data = UnpairedDataConfig(path=pairs.data.path, eval_fraction=0.2)
+        return train(KTOConfig(data=data, **{option: getattr(pairs, option) for option in same}))
+
+    plain, seen = run("plain"), []
+
+    def scores(model: Any, batch: Any) -> Any:
+        seen.append(len(batch.input_ids))
+        if seen[-1] > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return trunk(model, batch)
+
+    monkeypatch.setattr("fastalign.models.reference.trunk", scores)
+    small = run("small")
+    failures = caplog.text.count("out of memory with micro-batches of")
+    assert failures and sum(tokens > 150 for tokens in seen) == failures  # once for every size, and never again
+    expected, found = weights(plain), weights(small)
+    assert max(value.abs().max() for name, value in expected.items() if "lora_B" in name) > 1e-4
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= 1e-5 * max(1.0, value.abs().max()), name
+
+
+def test_a_longer_sample_of_a_later_step_has_a_micro_batch_that_holds_it(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = preference_rows(24, completion_words=(1, 3))
+    late = Order(24, 4, 0, 1.0).samples_of(5)[0]
+    short[late]["chosen"] = " ".join(["stone"] * 40)
+    (inputs / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+    device = Device(120)
+    monkeypatch.setattr(dpo, "trunk", device)
+
+    def goes_on(step: int, metrics: dict[str, float]) -> None:
+        device.room = 400  # as when another program has left the device
+
+    made = config(inputs, "run", batch_size=4, max_tokens=512, data=DataConfig(path=str(inputs / "pairs.jsonl")), epochs=1.0)
+    assert train(made, callbacks=[goes_on]).step == 6
+    assert device.failures and max(device.tokens[device.failures :]) > 150 > sorted(device.tokens[device.failures :])[-2]
 
 
 def test_a_sample_that_does_not_fit_is_named(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

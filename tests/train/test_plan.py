@@ -29,7 +29,7 @@ from fastalign.train import plan as planning
 from fastalign.train.config import given_options
 from fastalign.train.empty import empty_model
 from fastalign.train.footprint import _batch, footprint, keeps_copy
-from fastalign.train.metrics import read_metrics
+from fastalign.train.metrics import read_metrics, rss_bytes
 from fastalign.train.remedies import changed, remedies
 
 
@@ -262,6 +262,7 @@ def test_objectives_of_other_models(folder: Path, few: None) -> None:
 def test_a_run_tells_the_prediction_and_its_error(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr("fastalign.train.loop.write_report", no_report)
     monkeypatch.setattr("fastalign.train.loop.TOLD_FROM", 1)
+    monkeypatch.setattr("fastalign.train.metrics.peak_rss_bytes", rss_bytes)  # the peak is of all that this process has done
     caplog.set_level(logging.INFO, logger="fastalign")
     data = folder.parent / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(12)))
