@@ -341,7 +341,9 @@ def _torch_varlen(
     if dropout:
         raise ModelError("torch's varlen attention has no dropout: set the model's attention dropout to 0 or install flash-attn")
     left = -1 if window is None else window - 1
-    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _varlen_options() else {}  # 2.11 groups heads unasked
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in _varlen_options():  # torch 2.11 groups heads unasked
+        grouped["enable_gqa"] = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, scale=scaling, window_size=(left, 0), **grouped)
     assert isinstance(out, Tensor)
     return out
