@@ -1,10 +1,10 @@
 """Causal attention over packed sequences, exact per sequence, as one Transformers attention implementation.
 
 Backends, by this rule: on CUDA in half precision, `flash_attn` where installed, else `torch.nn.attention.varlen`
-(where it has windows and grouped heads); everything else, and softcaps or sinks that the chosen kernel lacks, runs per
-sequence: SDPA, or plain matrix products where SDPA has no such option. Transformers is told nothing about masks: it
-builds none for an implementation that it does not know, and the sequence boundaries come with the forward's keyword
-arguments, which gradient checkpointing keeps.
+(where it has windows, torch 2.11 and later); everything else, and softcaps, sinks or widths of heads that the chosen kernel
+lacks, runs per sequence: SDPA, or plain matrix products where SDPA has no such option. Transformers is told nothing about
+masks: it builds none for an implementation that it does not know, and the sequence boundaries come with the forward's keyword
+arguments, which gradient checkpointing keeps. Gradients of fused kernels add up in a fixed order.
 
 Where a batch shares prompts, the queries of a piece see the keys of its prefix and its own, aligned at the end: the kernels
 get the keys gathered piece by piece, and SDPA a mask.
@@ -13,6 +13,7 @@ get the keys gathered piece by piece, and SDPA a mask.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -115,13 +116,13 @@ def attention_forward(
     segments.calls += 1
     window = sliding_window if sliding_window is not None and sliding_window < max_length_k else None
     softcap = softcap or None
-    kernel = _varlen_kernel(query, softcap, s_aux)
+    kernel = _varlen_kernel(query, value, softcap, s_aux)
     if kernel is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if segments.shared is not None:
             k, v = (_GatherKeys.apply(x, segments.shared) for x in (k, v))
         out = kernel(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, dropout, scaling, window, softcap)
-        return out.unsqueeze(0), None
+        return fixed_order(out).unsqueeze(0), None
     outs = []
     for q, k, v in zip(query.split(segments.lengths, dim=2), segments.with_prefix(key), segments.with_prefix(value)):
         outs.append(_one_piece(q, k, v, segments, dropout, scaling, window, softcap, s_aux))
@@ -183,9 +184,49 @@ class _GatherKeys(torch.autograd.Function):
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, *_: Any) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
+    return fixed_order(out) if out.is_cuda else out
+
+
+def fixed_order(out: Tensor) -> Tensor:
+    """`out` of a fused attention kernel, whose backward adds up in a fixed order from now on.
+
+    Left to themselves, its blocks add to the gradient of the queries as they finish. Torch's kernels are told otherwise by a switch of
+    the whole process, which is on while this one's backward is launched; the flash-attn package has an argument for it.
+    """
+    node, hops = out.grad_fn, 0
+    while node is not None and not _FUSED.search(node.name()) and hops < 3:  # below what cuts off padding
+        node, hops = (node.next_functions[0][0] if node.next_functions else None), hops + 1
+    if node is not None and _FUSED.search(node.name()):
+        switch = _Switch()
+        node.register_prehook(switch.on)
+        node.register_hook(switch.back)
+    return out
+
+
+_FUSED = re.compile(r"varlen_attn|DotProduct.*Attention")
+
+
+class _Switch:
+    """Deterministic algorithms, on between two hooks of a node of the graph."""
+
+    before: tuple[bool, bool, bool] | None = None
+
+    def on(self, *_: Any) -> None:
+        torch_c: Any = torch._C
+        fill = torch_c._get_deterministic_fill_uninitialized_memory()
+        self.before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), fill
+        torch_c._set_deterministic_algorithms(True, warn_only=False)
+        torch_c._set_deterministic_fill_uninitialized_memory(False)
+
+    def back(self, *_: Any) -> None:
+        assert self.before is not None
+        enabled, warn_only, fill = self.before
+        torch_c: Any = torch._C
+        torch_c._set_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch_c._set_deterministic_fill_uninitialized_memory(fill)
 
 
 def _matmul(
@@ -214,12 +255,19 @@ def _matmul(
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, "float | None", "int | None", "float | None"], Tensor]
 
 
-def _varlen_kernel(query: Tensor, softcap: float | None, sinks: Tensor | None) -> Kernel | None:
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or sinks is not None or query.shape[-1] > 256:
+def _varlen_kernel(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> Kernel | None:
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or sinks is not None:
+        return None
+    return _choose_kernel(query.shape[-1], value.shape[-1], softcap)
+
+
+def _choose_kernel(width: int, value_width: int, softcap: float | None) -> Kernel | None:
+    """The kernel for heads of these widths: both have heads of up to 256 numbers, values as wide as keys."""
+    if width > 256 or value_width != width:
         return None
     if find_flash_attn():
         return _flash_attn
-    return _torch_varlen if softcap is None and find_torch_varlen() else None
+    return _torch_varlen if softcap is None and width % 8 == 0 and find_torch_varlen() else None
 
 
 @cache
@@ -230,12 +278,17 @@ def find_flash_attn() -> bool:
 
 @cache
 def find_torch_varlen() -> bool:
-    """Whether torch has varlen attention with windows, scale and grouped heads (2.12 and later)."""
+    """Whether torch has varlen attention with windows and a scale (2.11 and later)."""
+    return {"window_size", "scale"} <= _varlen_options()
+
+
+@cache
+def _varlen_options() -> frozenset[str]:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"window_size", "scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _flash_attn(
@@ -288,6 +341,9 @@ def _torch_varlen(
     if dropout:
         raise ModelError("torch's varlen attention has no dropout: set the model's attention dropout to 0 or install flash-attn")
     left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in _varlen_options():  # torch 2.11 groups heads unasked
+        grouped["enable_gqa"] = q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, scale=scaling, window_size=(left, 0), **grouped)
     assert isinstance(out, Tensor)
     return out

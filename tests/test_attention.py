@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from fastalign import attention
@@ -144,6 +145,77 @@ def test_gathered_keys_are_those_of_each_piece_and_their_gradient_adds_up() -> N
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # ours adds up in float32
 
 
+class Determinism(TorchDispatchMode):
+    """Whether deterministic algorithms were on, by the name of each operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, bool] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.name()] = torch.are_deterministic_algorithms_enabled()
+        return func(*args, **(kwargs or {}))
+
+
+def of_torch(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True)
+
+
+def varlen(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    bounds = torch.zeros(3, dtype=torch.int32, device="meta")
+    q, k = (x[0].transpose(0, 1) for x in (q, k))
+    return pytest.importorskip("torch.nn.attention.varlen").varlen_attn(q, k, k, bounds, bounds, 20, 20)
+
+
+@pytest.mark.parametrize(("attend", "device", "name"), [(of_torch, "cpu", "attention"), (varlen, "meta", "_varlen_attn_backward")])
+def test_the_backward_of_a_fused_kernel_adds_up_in_a_fixed_order(attend, device: str, name: str) -> None:
+    """A switch of the process is on while that backward is launched, and then as it was."""
+    q, k = (torch.ones(1, 2, 20, 8, device=device, requires_grad=True) for _ in range(2))
+    found = []
+    for fixed in (False, True):
+        out = attend(q, k)
+        with Determinism() as watched:
+            ((attention.fixed_order(out) if fixed else out) * 2).sum().backward()
+        found.append({name in operator and "backward" in operator: on for operator, on in watched.seen.items()})
+    assert found == [{True: False, False: False}, {True: True, False: False}]
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_varlen_kernel_is_taken_for_the_heads_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_torch_varlen", lambda: True)
+    monkeypatch.setattr(attention, "find_flash_attn", lambda: False)
+    asked = [(128, 128, None), (256, 256, None), (512, 512, None), (192, 128, None), (36, 36, None), (128, 128, 30.0)]
+    assert [attention._choose_kernel(*heads) is not None for heads in asked] == [True, True, False, False, False, False]
+    monkeypatch.setattr(attention, "find_flash_attn", lambda: True)  # pads, and has a softcap
+    assert [attention._choose_kernel(*heads) is not None for heads in asked] == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("says_grouped", [False, True], ids=["torch 2.11", "torch 2.12"])
+def test_grouped_heads_are_named_where_torch_asks(says_grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    seen: list[dict] = []
+
+    def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        seen.append({"scale": scale, "window_size": window_size})
+        return query
+
+    def varlen_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        seen.append({"scale": scale, "window_size": window_size, "enable_gqa": enable_gqa})
+        return query
+
+    monkeypatch.setattr(module, "varlen_attn", varlen_2_12 if says_grouped else varlen_2_11)
+    attention._varlen_options.cache_clear()
+    attention.find_torch_varlen.cache_clear()
+    try:
+        assert attention.find_torch_varlen()
+        q, k, v = (x[0].transpose(0, 1) for x in tensors())
+        attention._torch_varlen(q, k, v, BATCH.cu_seqlens, BATCH.cu_seqlens, 20, 20, 0.0, 0.7, 6, None)
+    finally:
+        attention._varlen_options.cache_clear()
+        attention.find_torch_varlen.cache_clear()
+    assert seen == [{"scale": 0.7, "window_size": (5, 0)} | ({"enable_gqa": True} if says_grouped else {})]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: varlen kernels are unproven here, shared prompts or not")
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 6}], ids=["plain", "window"])
@@ -167,3 +239,21 @@ def test_varlen_kernels_equal_one_masked_attention(kernel: str, options: dict, b
     for a, b in zip(found[0], [want, *torch.autograd.grad(want, want_in, upstream.double())]):
         assert b.abs().max() > 0.1
         torch.testing.assert_close(a.double().cpu(), b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: that gradients have the same bits again is unproven here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_of_long_sequences_have_the_same_bits_again(dtype: torch.dtype) -> None:
+    """Of so many blocks of keys that some would add to a query's gradient at the same time."""
+    batch = collate([Sample(i, (1,), ((2,) * (n - 1),)) for i, n in enumerate([6000, 2192])]).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, heads, 8192, 64) for heads in (8, 2, 2)]
+    q, k, v = (torch.randn(s, generator=generator, device="cuda", dtype=dtype).requires_grad_() for s in shapes)
+    upstream = torch.randn(1, 8192, 8, 64, generator=generator, device="cuda", dtype=dtype)
+    first, *others = (
+        torch.autograd.grad(attention.attention_forward(SimpleNamespace(), q, k, v, None, **packed(batch))[0], (q, k, v), upstream)
+        for _ in range(4)
+    )
+    assert all(x.any() for x in first)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))

@@ -109,7 +109,7 @@ def _update_32bit(w: Tensor, g: Tensor, state: dict[str, Tensor], part: slice, g
     wide = w.float()  # itself where it is float32
     beta1, beta2 = group["betas"]
     mean, square = (state[moment].view(-1)[part] for moment in ("exp_avg", "exp_avg_sq"))
-    before = torch.tensor(step - 1, device=w.device)  # the function counts on
+    before = torch.full((), step - 1, device=w.device)  # the function counts on; filled there, a copy would wait for the device
     adamw(
         [wide], [g.float()], [mean], [square], [], [before], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
