@@ -204,6 +204,7 @@ class PlanConfig:
 
     objective: str = "dpo"  # what is to be trained: sft, reward, dpo, orpo, cpo, simpo, kto, grpo or rloo
     scored: float = 1.0  # share of the tokens that are scored: completions, not prompts
+    ranks: int = 1  # processes of the run, as torchrun starts them; the memory is that of each
     tflops: float | None = None  # TFLOP/s that the device reaches, in place of measuring the one at hand (a run with --profile 2 says)
 
 
@@ -213,14 +214,14 @@ def _plan(argv: list[str]) -> int:
 
     if _wants_help(argv):
         return _print_help(
-            PlanConfig, "fastalign plan --objective NAME --model.path DIR [--scored SHARE] [--tflops X] [options of the run]"
+            PlanConfig, "fastalign plan --objective NAME --model.path DIR [--scored SHARE] [--ranks N] [--tflops X] [options of the run]"
         )
     own: list[str] = []
     rest: list[str] = []
     words = list(argv)
     while words:
         word = words.pop(0)
-        mine = word.partition("=")[0] in ("--objective", "--scored", "--tflops")
+        mine = word.partition("=")[0] in ("--objective", "--scored", "--ranks", "--tflops")
         (own if mine else rest).append(word)
         if mine and "=" not in word and words:
             own.append(words.pop(0))
@@ -238,7 +239,8 @@ def _plan(argv: list[str]) -> int:
 
     planning = import_module("fastalign.train.plan")
     _no_foreign_bars()
-    planning.show(config, planning.plan(config, scored=options.scored, timed=options.tflops is None), Console(), tflops=options.tflops)
+    outlook = planning.plan(config, scored=options.scored, timed=options.tflops is None, ranks=options.ranks)
+    planning.show(config, outlook, Console(), tflops=options.tflops)
     return 0
 
 

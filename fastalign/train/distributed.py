@@ -190,6 +190,7 @@ class _Rows(Division):
                     for weight, taken in zip(bucket, row.split(widths)):
                         part = _part(weight, rank, self.size)
                         part.copy_(taken[: part.numel()].view_as(part))
+            del sent, received, row, taken  # before the next ones are made
 
     def names(self, names: list[str]) -> list[str]:
         return sorted(set().union(*map(set, self.ranks.gather(names))))

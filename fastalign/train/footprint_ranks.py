@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastalign.errors import ConfigError
 from fastalign.objectives.base import RunConfig
 from fastalign.train import footprint as one
 from fastalign.train.distributed import buckets, layers_of, working_dtype
@@ -41,23 +42,80 @@ class Share:
     reduction: int  # and that gradient, as it is reduced
 
 
+@dataclass(frozen=True)
+class MomentsOfRank:
+    """What a step of one of several processes holds, as parts that grow with the number of layers on lines of their own."""
+
+    share: Share  # of all layers
+    layers: int  # all
+    size: int  # processes of a group
+    device: torch.device
+    alone: one.Moments  # of a process alone
+    backward: one.Moments | None  # and with hardly any logits, where layers are gathered: not while the head has its logits
+    weights: int  # bytes of the whole model, buffers apart
+    scratch: int  # of a divided head, more than of a whole one
+
+    def beyond(self, more: MomentsOfRank, steps: int) -> MomentsOfRank:
+        """The line from these to `more`, continued for `steps` times the distance (`footprint.Moments.beyond`)."""
+        backward = None if self.backward is None or more.backward is None else self.backward.beyond(more.backward, steps)
+        alone, weights = self.alone.beyond(more.alone, steps), self.weights + steps * (more.weights - self.weights)
+        return replace(self, alone=alone, backward=backward, weights=weights)
+
+    @property
+    def footprint(self) -> Footprint:
+        """The highest one."""
+        share, found = self.share, self.alone
+        held = dict.fromkeys(one.PARTS, 0)
+        held[one.WEIGHTS] = found.step[one.WEIGHTS] - self.weights + share.weights if share.layer or share.head else found.step[one.WEIGHTS]
+        held[one.REFERENCE] = max(0, found.step[one.REFERENCE] - share.head)  # a copy is whole (`is_divided_first`) but for its head
+        held |= {one.MASTERS: share.masters, one.MOMENTS: share.moments, one.COMPILED: found.step[one.COMPILED]}
+        update = {**held, one.GRADIENTS: share.gradients + share.reduced, one.UPDATE: max(share.update, share.exchange)}
+
+        def micro_batch(measured: one.Moments) -> dict[str, int]:
+            own = {name: measured.step[name] for name in (one.ACTIVATIONS, one.HEAD, one.BACKWARD)}
+            gradients = share.gradients if share.layer or share.head else min(share.gradients, measured.step[one.GRADIENTS])
+            return {**held, **own, one.GRADIENTS: gradients + share.kept}
+
+        scoring = micro_batch(found)
+        scoring[one.HEAD] += self.scratch
+        moments = [update, scoring]
+        if self.backward is not None:
+            backward = micro_batch(self.backward)
+            moments.append(backward | _in_flight(share, backward, self.layers, self.size, self.device))
+        highest = max(moments, key=lambda parts: sum(parts.values()))
+        work = replace(found.work, update=found.work.update / self.size)  # every process updates its rows
+        return Footprint(highest, "optimizer" if highest is update else "micro-batch", 0, work)
+
+
 def unpredicted(config: RunConfig, processes: int, device: torch.device) -> str | None:
-    """Why the memory of one of `processes` is not predicted; None: it is. What is predicted has been compared with measurements."""
+    """Why the memory of one of `processes` is not predicted, and what to set; None: it is, as has been compared with measurements."""
     if processes == 1:
         return None
     if device.type != "cpu":
-        return f"several processes on {device.type}"
+        return (
+            f"several processes on {device.type} have not been compared with a measurement; --ranks 1 says what a process alone holds, "
+            "--model.device cpu what processes hold that talk by gloo"
+        )
+    if config.parallel.head == "vocab":
+        return "the head's scratch where it is divided has not been compared with a measurement; set --parallel.head whole"
+    if config.parallel.replicas > 1:
+        return (
+            f"groups that each hold everything have not been compared with a measurement; leave --parallel.replicas out, and plan one "
+            f"group: --ranks {processes // config.parallel.replicas}"
+        )
     if config.lora.enabled or (Path(config.model.path) / "adapter_config.json").is_file():
         return "an adapter on several processes"
-    if config.parallel.head == "vocab":
-        return "a head that is divided"
     if config.parallel.shard == "optimizer":
         return "parallel.shard optimizer"
-    if config.parallel.replicas > 1:
-        return "parallel.replicas above 1"
     if config.copies_model:
-        return "a reference that is a copy, on several processes"
+        return "a reference that is a copy has not been compared with a measurement on several processes; set --reference cache"
     return None
+
+
+def check_predicted(config: RunConfig, processes: int, device: torch.device) -> None:
+    """Raise ConfigError where `unpredicted` has a reason."""
+    if reason := unpredicted(config, processes, device):
+        raise ConfigError(f"the memory of {processes} processes is not predicted: {reason}")
 
 
 def footprint_of_rank(model: nn.Module, config: RunConfig, processes: int, **options: Any) -> Footprint:
@@ -68,33 +126,28 @@ def footprint_of_rank(model: nn.Module, config: RunConfig, processes: int, **opt
     """
     if processes == 1:
         return one.footprint(model, config, **options)
-    device = torch.device(options.get("device", "cpu"))
-    share = share_of(model, config, processes, device)
+    return moments_of_rank(model, config, processes, **options).footprint
+
+
+def moments_of_rank(
+    model: nn.Module, config: RunConfig, processes: int, *, whole: nn.Module | None = None, **options: Any
+) -> MomentsOfRank:
+    """All moments of a step of one of several processes. `whole`: the model with all its layers, where `model` has a few of them."""
+    whole, device = model if whole is None else whole, torch.device(options.get("device", "cpu"))
+    share = share_of(whole, config, processes, device)
     if share.layer:  # gradients of layers are small here, so that the first micro-batch, which lacks them, need not be looked at
         options["accumulates"] = True
-    found = one.moments(model, config, **options)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    held = dict.fromkeys(one.PARTS, 0)
-    held[one.WEIGHTS] = found.step[one.WEIGHTS] - whole + share.weights if share.layer or share.head else found.step[one.WEIGHTS]
-    held[one.REFERENCE] = max(0, found.step[one.REFERENCE] - share.head)  # a copy is whole (`is_divided_first`) but for its head
-    held |= {one.MASTERS: share.masters, one.MOMENTS: share.moments, one.COMPILED: found.step[one.COMPILED]}
-    update = {**held, one.GRADIENTS: share.gradients + share.reduced, one.UPDATE: max(share.update, share.exchange)}
-
-    def micro_batch(measured: one.Moments) -> dict[str, int]:
-        own = {name: measured.step[name] for name in (one.ACTIVATIONS, one.HEAD, one.BACKWARD)}
-        gradients = share.gradients if share.layer or share.head else min(share.gradients, measured.step[one.GRADIENTS])
-        return {**held, **own, one.GRADIENTS: gradients + share.kept}
-
-    scoring = micro_batch(found)
-    if share.head:
-        scoring[one.HEAD] += _of_divided_head(model, config, options.get("rows") or options["tokens"], device, processes)
-    moments = [update, scoring]
-    if share.layer:  # layers are gathered in the backward: not while the head has its logits, so that two moments are to be compared
-        backward = micro_batch(one.moments(model, replace(config, logits_budget=1), **options))
-        backward |= _in_flight(share, backward[one.ACTIVATIONS] // len(layers_of(model)), processes // config.parallel.replicas, device)
-        moments.append(backward)
-    highest = max(moments, key=lambda parts: sum(parts.values()))
-    return Footprint(highest, "optimizer" if highest is update else "micro-batch", 0, found.work)
+    rows = options.get("rows") or options["tokens"]
+    return MomentsOfRank(
+        share,
+        len(layers_of(whole)) if share.layer else 1,
+        processes // config.parallel.replicas,
+        device,
+        one.moments(model, config, **options),
+        one.moments(model, replace(config, logits_budget=SMALLEST_SLAB), **options) if share.layer else None,
+        sum(map(_bytes, model.parameters())),
+        _of_divided_head(model, config, rows, device, processes) if share.head else 0,
+    )
 
 
 def _of_divided_head(model: nn.Module, config: RunConfig, rows: int, device: torch.device, processes: int) -> int:
@@ -110,18 +163,20 @@ def _of_divided_head(model: nn.Module, config: RunConfig, rows: int, device: tor
     return tiles + weight.shape[1] * (rows_here + gradients - 4 * alone.slab_rows)
 
 
-def _in_flight(share: Share, of_a_layer: int, size: int, device: torch.device) -> dict[str, int]:
-    """Gathered layers and gradients on their way at the highest moment of a backward, in which a layer keeps `of_a_layer` bytes.
+def _in_flight(share: Share, parts: dict[str, int], layers: int, size: int, device: torch.device) -> dict[str, int]:
+    """Gathered layers and gradients on their way at the highest moment of a backward, besides `parts`.
 
     A layer is gathered when its backward begins, and the one before it at once (`set_modules_to_backward_prefetch`). When its backward
     is over it is freed and its gradient, which is there in full, is copied into one float32 buffer, which stays until the next
     layer is as far (FSDP2's `reduce_scatter_max_input_buffers`, 1); the sum is of its share. Its activations have gone by then.
     """
     layer, trained, reduction = share.layer, share.trained, share.reduction
-    on_cpu = reduction if device.type == "cpu" else 0  # gloo reduces a copy of what it is given
-    begins = 2 * layer
-    over = layer + trained + reduction + reduction // size + on_cpu - of_a_layer
-    next_begins = 2 * layer + reduction - of_a_layer
+    on_cpu = device.type == "cpu"
+    of_a_layer = parts[one.ACTIVATIONS] // layers
+    copied = max(0, layer - parts[one.BACKWARD]) * on_cpu  # gloo gathers into a copy of its own, before the backward of a layer has begun
+    begins = 2 * layer + copied
+    over = layer + trained + reduction + reduction // size + reduction * on_cpu - of_a_layer  # gloo reduces a copy of what it is given
+    next_begins = 2 * layer + copied + reduction - of_a_layer
     next_ends = 2 * layer + trained + reduction - 2 * of_a_layer
     most = max(begins, over, next_begins, next_ends)
     gathered = min(most, begins)
@@ -197,8 +252,20 @@ def _exchanged(travels: list[Tensor], whole: list[Tensor], size: int, device: to
     most = max(most, received if received > reduced else 0)  # sums of 16-bit gradients, while they are rounded
     for bucket in buckets(whole):
         row = sum(_rows(weight, size).numel() for weight in bucket) * bucket[0].element_size()
-        most = max(most, (size + 1) * row)
+        most = max(most, (size * (2 if device.type == "cpu" else 1) + 1) * row)  # gloo gathers into a copy of its own
     return reduced, most
+
+
+def travels(model: nn.Module, config: RunConfig, processes: int, *, forwards: int = 1) -> tuple[int, int]:
+    """Bytes that pass through a process, as a ring moves them, in a micro-batch with so many `forwards`, and in an update."""
+    size = processes // config.parallel.replicas
+    layers = layers_of(model) if config.parallel.shard == "full" and size > 1 else []
+    divided = {id(p) for layer in layers for p in layer.parameters()}
+    gathered = sum(_bytes(p) for layer in layers for p in layer.parameters())
+    reduced = sum(4 * p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+    whole = [p for p in model.parameters() if p.requires_grad and id(p) not in divided]
+    update = sum(4 * p.numel() + _bytes(p) for p in whole)
+    return (size - 1) * ((forwards + 1) * gathered + reduced) // size, (size - 1) * update // size
 
 
 def without_storage(model: nn.Module) -> Any:

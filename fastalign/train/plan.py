@@ -13,9 +13,11 @@ import torch
 
 from fastalign.errors import ConfigError, ModelError
 from fastalign.objectives.base import RunConfig
+from fastalign.ranks import ParallelConfig
 from fastalign.train.cards import CARDS
 from fastalign.train.flops import Flops, main_dtype, model_flops
 from fastalign.train.footprint import PARTS, Footprint, head_plan, keeps_copy
+from fastalign.train.footprint_ranks import check_predicted, travels
 from fastalign.train.remedies import Remedy, Search, command, merged, remedies
 from fastalign.train.shallow import Predictions
 from fastalign.train.speed import Rates, Step, measure, of_card, seconds
@@ -41,15 +43,22 @@ class Outlook:
     proposals: list[tuple[int, str | None, int]]  # GB of a device that has no room, options with which it has (None: none), the peak then
     reached: dict[int, int]  # GB of a device, the largest max_tokens that fits it with what is proposed
     speeds: list[tuple[str, Rates, Step]]  # of devices
+    ranks: int = 1  # processes, each of which holds this
+    travels: tuple[int, int] = (0, 0)  # bytes through each, in a micro-batch and at an update
 
 
-def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True) -> Outlook:
+def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True, ranks: int = 1) -> Outlook:
     """Predict the run that `config` describes. `scored` is the share of tokens that are scored; 1 is the most that can be.
 
-    Micro-batches are full (`max_tokens`) and several to a step. With `timed` the device at hand is measured for a second. Raises
-    ConfigError for an objective whose memory is not that of one model and its head (distill), ModelError for a model that cannot run
-    without storage.
+    Micro-batches are full (`max_tokens`) and several to a step. With `timed` the device at hand is measured for a second. Of several
+    `ranks`, the processes of the run, memory is that of the one that holds the most. Raises ConfigError for an objective whose memory is
+    not that of one model and its head (distill), and for several processes of a kind that is not predicted, ModelError for a model that
+    cannot run without storage.
     """
+    if ranks < 1:
+        raise ConfigError(f"ranks must be the number of processes, at least 1, got {ranks}")
+    if ranks == 1 and config.parallel != ParallelConfig():
+        raise ConfigError("parallel: options of several processes, and one is planned; set --ranks N as torchrun --nproc_per_node N, too")
     if config.name == "distill":
         raise ConfigError("plan does not know the memory of distill, which holds a teacher as well; plan sft for the student's part")
     if config.max_tokens == "auto":
@@ -59,7 +68,9 @@ def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True) -> Outlo
     if not 0 < scored <= 1:
         raise ConfigError(f"scored must be a share in (0, 1], got {scored}")
     device = torch.device("cpu" if config.model.device == "cpu" else "cuda")  # a device that need not be here
-    predicted = Predictions(config, device, scored)
+    config.check_ranks(ranks)
+    check_predicted(config, ranks, device)
+    predicted = Predictions(config, device, scored, ranks)
 
     def largest_of(options: dict[str, Any]) -> list[tuple[int, int]]:
         points: list[tuple[int, float]] = []
@@ -104,6 +115,8 @@ def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True) -> Outlo
         proposals,
         reached,
         _speeds(config, model, now, own.attention, forward.total * forwards_reference(config), lengths) if timed else [],
+        ranks,
+        travels(model, config, ranks, forwards=1 + forwards_reference(config)) if ranks > 1 else (0, 0),
     )
 
 
@@ -167,7 +180,9 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
     from rich.table import Table
 
     now, tokens = outlook.now, config.token_limit
-    table = Table(title=f"{config.name} of {config.model.path}, {tokens:,} tokens a micro-batch", title_justify="left")
+    ranks = outlook.ranks
+    each = f", each of {ranks} processes" if ranks > 1 else ""
+    table = Table(title=f"{config.name} of {config.model.path}, {tokens:,} tokens a micro-batch{each}", title_justify="left")
     for name, side in (("memory", "left"), ("GiB", "right"), ("share", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for part in PARTS:
@@ -186,12 +201,20 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
     )
     if outlook.speeds:
         table = Table(title="how long", title_justify="left")
-        for name in ("device", "s a micro-batch", "s an update", "tokens/s", "rates"):
+        for name in ("device", "s a micro-batch", "s an update", "tokens/s" + f" of {ranks}" * (ranks > 1), "rates"):
             table.add_column(name, justify="left" if name in ("device", "rates") else "right")
         for device, rates, step in outlook.speeds:
-            per_second = f"{speed:,.0f}" if (speed := tokens / step.micro_batch) >= 10 else f"{speed:.2g}"
+            per_second = f"{speed:,.0f}" if (speed := ranks * tokens / step.micro_batch) >= 10 else f"{speed:.2g}"
             table.add_row(device, f"{step.micro_batch:.3g}", f"{step.update:.3g}", per_second, rates.source)
         console.print(table)
+    if ranks > 1:
+        small, large = (_gib(size) for size in outlook.travels)
+        console.print(
+            f"Through each process travel {small} GiB in a micro-batch and {large} GiB at an update. Seconds are an estimate of processes "
+            f"that have such a device each, 1/{ranks} of the rows to update, and nothing to wait for: what travels is not in them.",
+            highlight=False,
+            soft_wrap=True,
+        )
     spare, sparing = outlook.sparing
     table = Table(title="what fits", title_justify="left")
     spares = any(longest for _, longest in sparing)
@@ -216,7 +239,8 @@ def show(config: RunConfig, outlook: Outlook, console: Any, *, tflops: float | N
             console.print(f"{size} GB: none of the options below, nor all of them, make it fit", highlight=False)
             continue
         limit = "" if "--max_tokens" in text else f"--max_tokens {tokens} "
-        line = f"fastalign {config.name} --model.path {config.model.path} {limit}{text}"
+        start = f"torchrun --nproc_per_node {ranks} -m " if ranks > 1 else ""
+        line = f"{start}fastalign {config.name} --model.path {config.model.path} {limit}{text}"
         console.print(f"{size} GB, besides your other options ({_gib(peak)} GiB):\n  {line}", highlight=False, soft_wrap=True)
     table = Table(title="what to set for less, the fastest first", title_justify="left")
     for name, side in (("options", "left"), ("peak, GiB", "right"), ("saved", "right"), ("costs", "left")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastalign.models.trunk import causal_lm, decoder_layers, text_config
 from fastalign.objectives.base import RunConfig
 from fastalign.train.empty import bare_model, empty_model, with_options
 from fastalign.train.footprint import Footprint, moments
+from fastalign.train.footprint_ranks import check_predicted, moments_of_rank
 from fastalign.train.remedies import changed
 
 SHALLOW = 8  # layers, of which all are run
@@ -26,10 +28,11 @@ class Predictions:
 
     Layers that are of several kinds in turn, or unlike at the beginning, are kept in whole turns; a model whose layers do not repeat is
     run as it is. The memory of a shallow model is exact; of a deep one it is where the same moment is the highest in all its copies.
+    Of several `ranks` it is that of one of them.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, scored: float = 1.0) -> None:
-        self.config, self.device, self.scored = config, device, scored
+    def __init__(self, config: RunConfig, device: torch.device, scored: float = 1.0, ranks: int = 1) -> None:
+        self.config, self.device, self.scored, self.ranks = config, device, scored, ranks
         self.model = empty_model(config)
         self.kinds = _kinds(self.model)
         self.known: dict[Any, Any] = {}  # what has been run
@@ -45,7 +48,7 @@ class Predictions:
         """With `options` and micro-batches of `tokens` tokens. Raises ConfigError or ModelError where they do not go together."""
         asked = (str(sorted(options.items())), tokens)
         if asked not in self.found:
-            config = changed(self.config, options) if options else self.config
+            config = changed(self.config, options, self.ranks) if options else self.config
             size = tokens or config.token_limit
             counts = few_layers(self.kinds, config.model.checkpoint_every)
             if counts is None:
@@ -56,8 +59,21 @@ class Predictions:
         return self.found[asked]
 
     def _moments(self, config: RunConfig, layers: int | None, tokens: int) -> Any:
-        rows = max(1, round(self.scored * tokens))
-        return moments(self._model(config, layers), config, tokens=tokens, rows=rows, device=self.device, known=self.known)
+        options: dict[str, Any] = {
+            "tokens": tokens,
+            "rows": max(1, round(self.scored * tokens)),
+            "device": self.device,
+            "known": self.known,
+        }
+        model = self._model(config, layers)
+        if self.ranks == 1:
+            return moments(model, config, **options)
+        check_predicted(config, self.ranks, self.device)
+        return moments_of_rank(model, config, self.ranks, whole=model if layers is None else self._whole(config), **options)
+
+    def _whole(self, config: RunConfig) -> Any:
+        """A model of all layers, which is asked for its weights alone."""
+        return self._model(replace(config, model=replace(self.config.model, dtype=config.model.dtype)), None)
 
     def _model(self, config: RunConfig, layers: int | None) -> Any:
         key = self._key(config, layers)

@@ -107,7 +107,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.distributed.init_process_group("gloo")
     quiet()
-    train(replace(config(folder, "full", path="toy"), output=str(folder / "toy-run")))
+    for case in sys.argv[2:]:  # so that libraries have been loaded
+        train(replace(config(folder, case, path="toy"), output=str(folder / "toy-run" / case)))
     for case in sys.argv[2:]:
         measure(folder, case)
     torch.distributed.destroy_process_group()

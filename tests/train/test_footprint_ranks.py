@@ -44,7 +44,7 @@ def test_a_share_of_full_fine_tuning(processes: int) -> None:
     assert (found.masters, found.moments) == (0, 8 * (inside // processes + own))
     assert (found.gradients, found.reduced, found.kept) == (found.weights, 4 * own, 0)
     assert found.layer == found.trained == found.reduction == 4 * inside // 3
-    assert found.exchange == 4 * own * processes * 2  # sent, and gloo's copy of it
+    assert found.exchange == 4 * own * (2 * processes + 1)  # own rows, those of all, and gloo's copy of them
 
     wide = share_of(half, DPOConfig(), processes, CPU)
     assert wide.weights == 4 * inside // processes + 2 * outside

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from fastalign.objectives.dpo import DPOConfig
 from fastalign.objectives.grpo import GRPOConfig
 from fastalign.objectives.kto import KTOConfig
 from fastalign.objectives.reward import RewardConfig
+from fastalign.ranks import ParallelConfig
 from fastalign.train import plan as planning
 from fastalign.train.config import given_options
 from fastalign.train.empty import empty_model
 from fastalign.train.footprint import _batch, footprint, keeps_copy
+from fastalign.train.footprint_ranks import footprint_of_rank, travels
 from fastalign.train.metrics import read_metrics, rss_bytes
 from fastalign.train.remedies import changed, remedies
 
@@ -249,6 +252,39 @@ def test_the_command_prints_what_it_found(folder: Path, few: None, capsys: pytes
     ):
         assert cli.main([*base, *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_plan_of_one_of_several_processes(folder: Path, few: None, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.path", str(folder), "--model.device", "cpu", "--max_tokens", "2048", "--logits_budget", "1000000"]
+    config = DPOConfig(model=ModelConfig(path=str(folder), device="cpu"), max_tokens=2048, logits_budget=1_000_000)
+    empty = empty_model(config)
+    outlook = planning.plan(config, timed=False, ranks=4)
+    assert outlook.now == footprint_of_rank(empty, config, 4, tokens=2048, device="cpu")
+    assert outlook.now.peak < footprint(empty, config, tokens=2048, device="cpu").peak
+    inside = sum(p.numel() for p in empty.model.layers.parameters())
+    outside = sum(p.numel() for p in empty.parameters()) - inside
+    # float32: gathered for both forwards and the backward and reduced; reduced and gathered; of all this a ring moves three quarters
+    assert outlook.travels == (3 * 4 * 3 * inside // 4, 3 * 8 * outside // 4)
+    shared = DPOConfig(model=config.model, parallel=ParallelConfig("optimizer"))
+    assert travels(empty, shared, 4) == (0, 3 * 8 * (inside + outside) // 4)
+
+    assert cli.main(["plan", *options, "--objective", "sft", "--ranks", "4"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("each of 4 processes", "tokens/s of 4", "Through each process travel 0.0", "Seconds are an estimate of processes"):
+        assert text in shown, text
+    with pytest.raises(ConfigError, match=r"4 processes is not predicted: a reference that is a copy .* set --reference cache"):
+        planning.plan(replace(config, reference="copy"), ranks=4)
+    for words, message in (
+        (["--ranks", "0"], "ranks must be the number of processes, at least 1, got 0"),
+        (["--parallel.shard", "optimizer"], "parallel: options of several processes, and one is planned; set --ranks N"),
+        (["--ranks", "3", "--parallel.replicas", "2"], "parallel.replicas 2 does not divide the 3 processes"),
+        (["--ranks", "4", "--parallel.replicas", "2"], "leave --parallel.replicas out, and plan one group: --ranks 2"),
+        (["--ranks", "4", "--parallel.head", "vocab"], "set --parallel.head whole"),
+        (["--ranks", "4", "--optimizer", "adamw_8bit"], "optimizer adamw_8bit is of one process, and there are 4"),
+        (["--ranks", "4", "--model.device", "auto"], "several processes on cuda have not been compared with a measurement"),
+    ):
+        assert cli.main(["plan", *options, *words]) == 2
+        assert message in capsys.readouterr().err, words
 
 
 def test_objectives_of_other_models(folder: Path, few: None) -> None:

@@ -15,10 +15,11 @@ from fastalign.objectives.dpo import DPOConfig
 from fastalign.train import footprint as footprints
 from fastalign.train.empty import empty_model
 from fastalign.train.footprint import footprint
+from fastalign.train.footprint_ranks import footprint_of_rank
 from fastalign.train.remedies import changed
 from fastalign.train.shallow import Predictions, few_layers
 
-CUDA = torch.device("cuda")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 CHECKPOINTING: dict[str, Any] = {"model.gradient_checkpointing": True}
 
@@ -66,6 +67,22 @@ def test_a_few_layers_stand_for_many(
     assert found.parts["weights"] == whole.parts["weights"] and found.parts["optimizer state"] == whole.parts["optimizer state"]
     assert found.work.products == pytest.approx(whole.work.products, rel=0.01)
     assert found.work.attention == whole.work.attention
+
+
+@pytest.mark.parametrize("options", [{}, CHECKPOINTING, {"model.dtype": "bfloat16"}])
+def test_a_few_layers_stand_for_many_of_one_of_several_processes(tmp_path: Path, runs: list[int], options: dict[str, Any]) -> None:
+    config = config_of(tmp_path, "llama", layers=12)
+    config.model.dtype, config.logits_budget = "float32", 1 << 16
+    found = Predictions(config, CPU, ranks=4)(options)
+    assert set(runs) == {1, 2}
+    other = changed(config, options, 4)
+    whole = footprint_of_rank(empty_model(other), other, 4, tokens=1024, device=CPU)
+    assert found.parts["gathered layers"] == whole.parts["gathered layers"] > 0
+    assert found.peak == pytest.approx(whole.peak, rel=0.01)
+    alone = Predictions(config, CPU)(options)
+    assert found.parts["optimizer state"] < 0.3 * alone.parts["optimizer state"] and found.work.update == alone.work.update / 4
+    with pytest.raises(ConfigError, match="optimizer adamw_8bit is of one process, and there are 4"):
+        Predictions(config, CPU, ranks=4)({"optimizer": "adamw_8bit"})
 
 
 def test_nothing_is_run_twice(tmp_path: Path, runs: list[int]) -> None:
