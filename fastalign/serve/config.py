@@ -26,6 +26,7 @@ class ServeConfig:
     max_new_tokens: int = 1024  # of an answer whose request does not say how many
     max_rows: int = 16  # answers that are made together
     max_tokens: int = 32768  # of the answers made together, with prompts, padding and all that may be generated; bounds the cache
+    max_read: int = 512  # tokens of prompts that are read at once, while running answers wait: a longer prompt is read in parts
     max_waiting: int = 256  # requests that may wait; more are told to come back (503)
     rate: int = 120  # requests per minute and token; more are told to wait (429)
     concurrent: int = 16  # requests at the same time and token
@@ -42,7 +43,7 @@ class ServeConfig:
         """Raises ConfigError for options that contradict each other or are out of range."""
         if self.open and not is_loopback(self.host):
             raise ConfigError(f"--open lets anybody in, so --host must be a loopback address such as 127.0.0.1, got {self.host}")
-        for name in ("max_new_tokens", "max_rows", "max_tokens", "max_waiting", "rate", "concurrent", "max_body", "grace"):
+        for name in ("max_new_tokens", "max_rows", "max_tokens", "max_read", "max_waiting", "rate", "concurrent", "max_body", "grace"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not 0 <= self.port < 65536:

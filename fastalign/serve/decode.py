@@ -81,34 +81,49 @@ Drawn = tuple[Row, str]  # a row that has one more token, and the text that it m
 
 
 class Batch:
-    """Rows that are generated together, a token of each at a time.
+    """Rows that are generated together, a token of each at a time, once their prompts have been read.
 
     Rows may be added between two steps, and leave when they have a finish_reason or are cancelled. The cache has as many slots
     for each row as the longest one needs; shorter ones are padded at the left, so that the next token of all goes into one slot.
-    The model that `read` and `step` get is the same one each time, inside `evaluation` and `stock_attention`.
+    The model that `read` and `step` get is the same one each time, inside `evaluation` and `stock_attention`. Every row needs a
+    token in its prompt and room for one in its answer.
     """
 
-    def __init__(self, eos: frozenset[int]) -> None:
-        self.eos = eos
-        self.rows: list[Row] = []
+    def __init__(self, eos: frozenset[int], rows: Sequence[Row] = ()) -> None:
+        self.eos, self.rows = eos, list(rows)
+        self._prompts = list(dict.fromkeys(row.prompt for row in rows))  # one for all answers to it
         self._cache: Any = None
         self._options: dict[str, Any] = {"use_cache": True}
-        self._mask = torch.empty(0, 0, dtype=torch.int64)  # (B, slots), 0 for padding
+        self._mask = torch.empty(len(self._prompts), 0, dtype=torch.int64)  # (B, slots), 0 for padding
 
-    @classmethod
-    def read(cls, model: Any, rows: Sequence[Row], eos: frozenset[int]) -> tuple[Batch, list[Drawn]]:
-        """A batch that has read the prompts of `rows` and drawn their first tokens, as in `step`; one that is done already is not in it.
+    @property
+    def unread(self) -> int:
+        """Slots that the prompts still need."""
+        return max(map(len, self._prompts), default=0) - self._mask.shape[1] if self._prompts else 0
 
-        Every row needs a token in its prompt and room for one in its answer.
+    def read(self, model: Any, tokens: int | None = None) -> list[Drawn]:
+        """Read on in the prompts; when that was all of them, draw the first tokens, as in `step`.
+
+        tokens    of all prompts together, padding included; None: all. A cache of layers that may have to see a prompt at once reads
+                  it at once
         """
-        batch, pad, longest = cls(eos), min(eos), max(len(row.prompt) for row in rows)
-        batch.rows = list(rows)
-        if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters:
-            batch._options["logits_to_keep"] = 1
-        device = next(causal_lm(model).parameters()).device
-        ids = torch.tensor([[pad] * (longest - len(row.prompt)) + list(row.prompt) for row in rows], device=device)
-        batch._mask = torch.tensor([[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
-        return batch, batch._advance(model, ids, (batch._mask.cumsum(-1) - 1).clamp(min=0))
+        if self._cache is None:
+            self._begin(model)
+        count, at = len(self._prompts), self._mask.shape[1]
+        width = self.unread if tokens is None else min(self.unread, max(1, tokens // count))
+        pads, device = [at + self.unread - len(prompt) for prompt in self._prompts], self._mask.device
+        pad = min(self.eos)
+        ids = torch.tensor(
+            [[pad if k < n else p[k - n] for k in range(at, at + width)] for n, p in zip(pads, self._prompts)], device=device
+        )
+        fresh = torch.tensor([[int(k >= n) for k in range(at, at + width)] for n in pads], device=device)
+        before, self._mask = self._mask, torch.cat([self._mask, fresh], dim=1)
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, at:]
+        logits = self._forward(model, ids, positions)
+        if self.unread and not self._is_padded:
+            self._cache, self._mask = None, before[:, :0]
+            return self.read(model)
+        return [] if self.unread else self._spread(logits)
 
     @property
     def slots(self) -> int:
@@ -118,8 +133,12 @@ class Batch:
     @property
     def open(self) -> bool:
         """Whether other rows can be added: not to a cache of layers that we do not know how to pad."""
+        return not self.rows or self._is_padded
+
+    @property
+    def _is_padded(self) -> bool:
         layers = getattr(self._cache, "layers", ())
-        return not self.rows or (bool(layers) and all(type(layer).__name__ in _PADDED for layer in layers))
+        return bool(layers) and all(type(layer).__name__ in _PADDED for layer in layers)
 
     def add(self, other: Batch) -> None:
         """Take the rows of another batch in, which is of no use afterwards."""
@@ -141,12 +160,32 @@ class Batch:
         ids = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._mask.device)
         positions = self._mask.sum(1, keepdim=True)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
-        return self._advance(model, ids, positions)
+        return self._take(self._forward(model, ids, positions))
 
-    def _advance(self, model: Any, ids: Tensor, positions: Tensor) -> list[Drawn]:
+    def _begin(self, model: Any) -> None:
+        if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters:
+            self._options["logits_to_keep"] = 1
+        self._mask = self._mask.to(next(causal_lm(model).parameters()).device)
+
+    def _forward(self, model: Any, ids: Tensor, positions: Tensor) -> Tensor:
+        """(B, V) logits after the last of `ids` (B, width)."""
         out = model(input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, **self._options)
         self._cache = out.past_key_values
-        chosen = _draw(out.logits[:, -1], self.rows)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _spread(self, logits: Tensor) -> list[Drawn]:
+        """From a row of the cache for each prompt to one for each answer, with its first token."""
+        places = {prompt: i for i, prompt in enumerate(self._prompts)}
+        self._prompts = []
+        if len(places) < len(self.rows):
+            of = torch.tensor([places[row.prompt] for row in self.rows], device=logits.device)
+            self._cache.batch_select_indices(of)
+            self._mask, logits = self._mask[of], logits[of]
+        return self._take(logits)
+
+    def _take(self, logits: Tensor) -> list[Drawn]:
+        chosen = _draw(logits, self.rows)
         pieces = [(row, row.add(token, logp, self.eos)) for row, (token, logp) in zip(self.rows, chosen)]
         self._leave()
         return pieces

@@ -2,6 +2,9 @@
 
 A change of version waits until the answers that are being made have ended, and new requests wait for the change. So every
 answer is made by one version from its first token to its last, and no request is dropped for a change.
+
+Prompts are read in turns with the steps of the answers that are being made: several short ones together, a long one in parts, so that
+reading holds up a running answer by a bounded number of tokens, however long a prompt is.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from fastalign.serve.text import TextStream
 log = logging.getLogger(__name__)
 
 STRETCH = 32  # steps with the model at most, before something else may have it
+READ = 512  # tokens of prompts between two steps
 
 
 class QueueFullError(FastalignError, RuntimeError):
@@ -66,16 +70,22 @@ class Engine:
 
     max_rows, max_tokens    of one batch: answers, and tokens with padding and all that may be generated
     max_waiting             jobs that may wait before another one is refused
+    max_read                tokens of prompts, with padding, that are read at once. Between two steps that is done once for prompts that
+                            have no more, together, and once for a longer one, of which it reads a part
     """
 
-    def __init__(self, models: Models, *, max_rows: int = 16, max_tokens: int = 32768, max_waiting: int = 256) -> None:
-        self.models, self.max_rows, self.max_tokens, self.max_waiting = models, max_rows, max_tokens, max_waiting
+    def __init__(
+        self, models: Models, *, max_rows: int = 16, max_tokens: int = 32768, max_waiting: int = 256, max_read: int = READ
+    ) -> None:
+        self.models, self.max_rows, self.max_tokens, self.max_waiting, self.max_read = models, max_rows, max_tokens, max_waiting, max_read
         self._jobs: deque[Job] = deque()
         self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
+        self._unread: list[Job] = []  # taken, and nothing of their prompts has been read
+        self._long: Batch | None = None  # rows of a prompt that has been read in part
         self._batch: Batch | None = None  # rows that are being generated
-        self._owners: dict[int, Job] = {}  # by id(row)
+        self._owners: dict[int, Job] = {}  # of all these, by id(row)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -156,11 +166,11 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._jobs or self._orders or self._batch or self._stopping):
+                while not (self._has_more() or self._stopping):
                     self._changed.wait()
-                if not (self._jobs or self._orders or self._batch):
+                if not self._has_more():
                     return
-                order = self._orders.popleft() if self._orders and not self._batch else None
+                order = self._orders.popleft() if self._orders and not self._owners else None
             if order is None:
                 self._stretch()
                 continue
@@ -173,35 +183,47 @@ class Engine:
                 future.set_exception(error)
 
     def _has_more(self) -> bool:
-        return bool(self._jobs or self._orders or self._batch)
+        return bool(self._jobs or self._orders or self._owners)
 
     def _stretch(self) -> None:
         """Some steps with the current version; the model is used nowhere else."""
         try:
             with self.models.turns.serving(self._has_more), self.models.serving() as model, evaluation(model), stock_attention(model):
                 for _ in range(STRETCH):
-                    self._begin(model, self._joining())
-                    if self._batch is None:
+                    self._join()
+                    self._read(model)
+                    if self._batch is not None:
+                        self._tell(self._batch.step(model))
+                    self._prune()  # also those that were cancelled
+                    if not self._owners:
                         return
-                    self._tell(self._batch.step(model))
-                    self._keep(self._batch)
         except Exception as error:  # out of memory, or a fault of the model: these answers fail, the next ones are another matter
             jobs = self._owners.values()
-            self._batch, self._owners = None, {}
+            self._unread, self._long, self._batch, self._owners = [], None, None, {}
             self._fail(jobs, error)
 
-    def _joining(self) -> list[Job]:
-        """The oldest jobs that can be answered beside those that are; the first of all always can."""
+    def _join(self) -> None:
+        """Take the oldest jobs that can be answered beside those that are; the first of all always can."""
         with self._changed:
-            if self._orders or (self._batch and not self._batch.open):
-                return []
-            return self._take()
+            if self._orders or not self._is_open:
+                return
+            taken = self._take()
+        for job in taken:
+            job.version = self.models.current.version
+            self._owners |= {id(row): job for row in job.rows}
+        self._unread += taken
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether others can join those that are being answered."""
+        return self._batch is None or self._batch.open
 
     def _take(self) -> list[Job]:
         taken: list[Job] = []
-        running = self._batch.rows if self._batch else []
-        rows, slots = len(running), self._batch.slots if self._batch else 0
-        left = max((row.sampling.max_new_tokens - len(row.tokens) for row in running), default=0)
+        mine = self._rows()
+        rows = len(mine)
+        slots = max((self._batch.slots if self._batch else 0, *(len(row.prompt) for row in mine if not row.tokens)))
+        left = max((row.sampling.max_new_tokens - len(row.tokens) for row in mine), default=0)
         while self._jobs:
             job = self._jobs[0]
             if not job.cancelled:
@@ -215,34 +237,71 @@ class Engine:
             self._jobs.popleft()
         return taken
 
-    def _begin(self, model: Any, jobs: list[Job]) -> None:
-        """Read the prompts of jobs, which join those that are being answered. What fails here fails these jobs alone."""
-        rows = [row for job in jobs for row in job.rows]
-        if not rows:
-            return
-        for job in jobs:
-            job.version, job.began = self.models.current.version, time.perf_counter()
-            self._owners |= {id(row): job for row in job.rows}
-        try:
-            fresh, drawn = Batch.read(model, rows, self.models.eos)
-        except Exception as error:
-            self._owners = {key: job for key, job in self._owners.items() if job not in jobs}
-            self._fail(jobs, error)
-            return
-        self._tell(drawn)
-        if self._batch:
-            self._batch.add(fresh)
-        self._keep(self._batch or fresh)
+    def _read(self, model: Any) -> None:
+        """Read short prompts together, and on in a long one. Rows whose prompt has been read join those that are being answered."""
+        if self._is_open and (short := self._short()):
+            self._read_on(model, Batch(self.models.eos, short), None)
+        if self._is_open and self._long is not None:
+            self._read_on(model, self._long, self.max_read)
 
-    def _keep(self, batch: Batch) -> None:
-        self._batch = batch if batch.rows else None
-        self._owners = {id(row): self._owners[id(row)] for row in batch.rows}
+    def _short(self) -> list[Row]:
+        """Rows of jobs whose prompts are read together now: the oldest with a short prompt, and those that fit in beside it. The oldest
+        with a long one is begun, where no other has been."""
+        chosen: list[Job] = []
+        widest = 0
+        for job in list(self._unread):
+            size = len(job.rows[0].prompt)
+            if size > self.max_read:
+                if self._long is not None:
+                    continue
+                self._long = Batch(self.models.eos, job.rows)
+            elif chosen and (len(chosen) + 1) * max(widest, size) > self.max_read:
+                continue
+            else:
+                chosen, widest = [*chosen, job], max(widest, size)
+            self._unread.remove(job)
+            job.began = time.perf_counter()
+        return [row for job in chosen for row in job.rows]
+
+    def _read_on(self, model: Any, fresh: Batch, tokens: int | None) -> None:
+        """Read on in `fresh`, which joins when all of it has been read. What fails here fails these rows' jobs alone."""
+        try:
+            drawn = fresh.read(model, tokens)
+        except Exception as error:
+            if fresh is self._long:
+                self._long = None
+            self._fail([self._owners.pop(id(row)) for row in fresh.rows], error)
+            return
+        if not drawn:
+            return
+        if fresh is self._long:
+            self._long = None
+        if self._batch is None:
+            self._batch = fresh
+        else:
+            self._batch.add(fresh)
+        self._tell(drawn)
+
+    def _prune(self) -> None:
+        """Forget rows that are complete, and jobs that nobody waits for."""
+        self._unread = [job for job in self._unread if not job.cancelled]
+        if self._long is not None and all(row.cancelled for row in self._long.rows):
+            self._long = None
+        if self._batch is not None and not self._batch.rows:
+            self._batch = None
+        self._owners = {id(row): self._owners[id(row)] for row in self._rows()}
+
+    def _rows(self) -> list[Row]:
+        """All that have been taken and are not complete."""
+        unread = [row for job in self._unread for row in job.rows]
+        return unread + [row for batch in (self._long, self._batch) if batch for row in batch.rows]
 
     def _tell(self, drawn: list[Drawn]) -> None:
         heard: dict[int, tuple[Job, list[Piece]]] = {}
         for row, text in drawn:
             job = self._owners[id(row)]
             heard.setdefault(id(job), (job, []))[1].append(Piece(row, text, len(row.tokens), row.finish_reason is not None))
+        self._prune()  # who hears of an end finds the place free
         for job, parts in heard.values():
             if not job.cancelled:
                 job.ended = time.perf_counter()

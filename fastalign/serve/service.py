@@ -65,7 +65,8 @@ def build(config: ServeConfig) -> Any:
     store = Store(config.data, timeout=config.timeout)
     try:
         models = Models(ModelConfig(path=config.model, dtype=config.dtype, device=config.device))
-        engine = Engine(models, max_rows=config.max_rows, max_tokens=config.max_tokens, max_waiting=config.max_waiting)
+        limits = {name: getattr(config, name) for name in ("max_rows", "max_tokens", "max_waiting", "max_read")}
+        engine = Engine(models, **limits)
         try:
             _go_live(config, store, engine)
             if not config.open and not any(token.revoked is None for token in store.tokens()):

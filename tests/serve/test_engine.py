@@ -85,10 +85,31 @@ def check_alone(models: Models, rows: list[Row]) -> None:
             torch.testing.assert_close(torch.tensor(row.logps), torch.tensor(alone.logps), rtol=1e-4, atol=1e-4)
 
 
-# Rotary, learned positions, sliding windows (of 8 tokens) with softcaps, windows in every layer.
+def read(model, rows: list[Row], eos: frozenset[int], tokens: int | None = None) -> Batch:
+    """A batch that has read the prompts of `rows`, so many tokens at a time."""
+    batch = Batch(eos, rows)
+    prompts = {row.prompt for row in rows}
+    turns = 1 if tokens is None else -(-max(map(len, prompts)) // max(1, tokens // len(prompts)))
+    for turn in range(turns):
+        assert batch.unread and bool(batch.read(model, tokens)) == (turn == turns - 1)
+    assert not batch.unread
+    return batch
+
+
+# Rotary, learned positions, sliding windows (of 8 tokens) with softcaps, windows in every layer. Prompts are read at once, or in parts
+# that are shorter than a window or longer than one.
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3", "mistral"])
-@pytest.mark.parametrize("joins", [(0, 0, 0, 0), (0, 0, 2, 5), (0, 1, 2, 3), (0, 16, 17, 30), (3, 2, 1, 0)], ids=str)
-def test_a_row_is_what_generation_alone_draws_whatever_its_neighbours(family: str, joins: tuple[int, ...], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("joins", "tokens"),
+    [
+        ((0, 0, 0, 0), None), ((0, 0, 0, 0), 5), ((0, 0, 0, 0), 24), ((0, 0, 2, 5), None), ((0, 1, 2, 3), 5), ((0, 16, 17, 30), 24),
+        ((3, 2, 1, 0), 7),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_row_is_what_generation_alone_draws_whatever_its_neighbours(
+    family: str, joins: tuple[int, ...], tokens: int | None, tmp_path: Path
+):
     """Row i joins before step joins[i]; others have ended by then, or run on."""
     models = Models(ModelConfig(path=str(save_tiny(tmp_path / family, family))))
     rows, batch, step, widths = rows_of(models), Batch(models.eos), 0, []
@@ -97,7 +118,7 @@ def test_a_row_is_what_generation_alone_draws_whatever_its_neighbours(family: st
             new = [row for row, at in zip(rows, joins) if at == step]
             if new:
                 assert batch.open
-                batch.add(Batch.read(model, new, models.eos)[0])
+                batch.add(read(model, new, models.eos, tokens))
             if batch.rows:
                 batch.step(model)
                 longest = max((len(row.prompt) + len(row.tokens) - 1 for row in batch.rows), default=0)
@@ -117,7 +138,7 @@ def test_rows_that_come_and_go_in_any_order_are_what_generation_alone_draws(tmp_
             count = min(len(waiting), int(torch.randint(0, 3, (), generator=random)))
             new, waiting = waiting[:count], waiting[count:]
             if new:
-                batch.add(Batch.read(model, new, models.eos)[0])
+                batch.add(read(model, new, models.eos))
             if batch.rows:
                 batch.step(model)
             for row in batch.rows:
@@ -140,6 +161,19 @@ def test_rows_do_not_join_a_cache_of_layers_that_cannot_be_padded(models: Models
     assert watched.passes[0] == (1, 3) and (2, 30) in watched.passes
     first = watched.passes.index((2, 30))
     assert first == len(rows[0].tokens) and {count for count, _ in watched.passes[:first]} == {1}  # after the answer before
+
+
+def test_a_cache_of_layers_that_may_have_to_see_a_prompt_at_once_reads_it_at_once(models: Models, monkeypatch):
+    monkeypatch.setattr("fastalign.serve.decode._PADDED", ())
+    watched = Watched(models.base, monkeypatch)
+    watched.go.set()
+    row = rows_of(models)[1]
+    batch = Batch(models.eos, [row])
+    with models.serving() as model, evaluation(model), stock_attention(model):
+        assert batch.read(model, 8) and watched.passes == [(1, 8), (1, 30)]
+        while batch.rows:
+            batch.step(model)
+    check_alone(models, [row])
 
 
 def test_text_comes_whole_and_ends_before_a_stop_string():
@@ -204,9 +238,30 @@ def test_a_request_joins_those_that_are_being_answered(engine: Engine, monkeypat
     watched.go.set()
     for job, heard in [first, *others]:
         finish(job, heard)
-    assert watched.passes[:4] == [(1, 2), (1, 1), (15, 3), (16, 1)]  # no more than 16 rows, and no request in two parts
-    assert (3, 3) in watched.passes  # the last two as soon as there is room
+    # No more than 16 rows and no request in two parts; a prompt is read once, however many answers it has.
+    assert watched.passes[:4] == [(1, 2), (1, 1), (10, 3), (16, 1)]
+    assert (2, 3) in watched.passes  # the last two as soon as there is room
     assert len(watched.passes) < 16
+
+
+def test_a_long_prompt_is_read_in_parts_between_the_steps_of_running_answers(models: Models, monkeypatch):
+    """Of at most 8 tokens; short ones are read beside it and answered before it, and every answer is what it is alone."""
+    models.eos = frozenset([319])
+    watched, engine = Watched(models.base, monkeypatch), Engine(models, max_read=8)
+    running = ask(engine, (40, 41), RowSampling(12, seed=1))
+    watched.began.wait(10)
+    long = [ask(engine, tuple(range(50, 50 + size)), RowSampling(4, seed=2), n=2) for size in (29, 20)]
+    short = [ask(engine, (60, 61, 62 + i), RowSampling(2, seed=i)) for i in range(4)]
+    other = ask(engine, tuple(range(70, 78)), RowSampling(2, seed=5))
+    watched.go.set()
+    rows = [row for job, heard in [running, *long, *short, other] for row in finish(job, heard)]
+    engine.stop()
+    both, short_of, steps = (1, 8), (2, 3), [[(3, 1)], [(3, 1)], [(2, 1)], [(3, 1)]]
+    turns = [[short_of, both], [short_of, both], [(1, 8), both], [(1, 5)]]
+    expected = [part for turn, step in zip(turns, steps) for part in turn + step]
+    assert watched.passes[:13] == [(1, 2), (1, 1), *expected]
+    assert [shape for shape in watched.passes[13:] if shape[1] > 1] == [(1, 8), (1, 8), (1, 4)] and watched.passes[14] == (3, 1)
+    check_alone(models, rows)
 
 
 def test_answers_are_bounded_by_tokens_and_the_queue_by_jobs(models: Models, monkeypatch):
