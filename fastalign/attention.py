@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -196,6 +196,8 @@ def fixed_order(out: Tensor) -> Tensor:
     Left to themselves, its blocks add to the gradient of the queries as they finish. Torch's kernels are told otherwise by a switch of
     the whole process, which is on while this one's backward is launched; the flash-attn package has an argument for it.
     """
+    if _Switch.left_on is not None:  # its backward has failed, for want of memory maybe
+        _Switch.left_on.back()
     node, hops = out.grad_fn, 0
     while node is not None and not _FUSED.search(node.name()) and hops < 3:  # below what cuts off padding
         node, hops = (node.next_functions[0][0] if node.next_functions else None), hops + 1
@@ -212,10 +214,12 @@ _FUSED = re.compile(r"varlen_attn|DotProduct.*Attention")
 class _Switch:
     """Deterministic algorithms, on between two hooks of a node of the graph."""
 
+    left_on: ClassVar[_Switch | None] = None  # the one that is on
     before: tuple[bool, bool, bool] | None = None
 
     def on(self, *_: Any) -> None:
         torch_c: Any = torch._C
+        _Switch.left_on = self
         fill = torch_c._get_deterministic_fill_uninitialized_memory()
         self.before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), fill
         torch_c._set_deterministic_algorithms(True, warn_only=False)
@@ -223,6 +227,7 @@ class _Switch:
 
     def back(self, *_: Any) -> None:
         assert self.before is not None
+        _Switch.left_on = None
         enabled, warn_only, fill = self.before
         torch_c: Any = torch._C
         torch_c._set_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -181,6 +181,21 @@ def test_the_backward_of_a_fused_kernel_adds_up_in_a_fixed_order(attend, device:
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 
 
+class NoMemory(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.name() and "backward" in func.name():
+            raise torch.OutOfMemoryError("no memory")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_backward_that_failed_leaves_nothing_switched_behind_it() -> None:
+    q, k = (torch.ones(1, 2, 20, 8, requires_grad=True) for _ in range(2))
+    with pytest.raises(torch.OutOfMemoryError), NoMemory():
+        attention.fixed_order(of_torch(q, k)).sum().backward()
+    attention.fixed_order(of_torch(q, k)).sum().backward()  # the step is repeated
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_varlen_kernel_is_taken_for_the_heads_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "find_torch_varlen", lambda: True)
     monkeypatch.setattr(attention, "find_flash_attn", lambda: False)
