@@ -20,8 +20,9 @@ class ModelConfig:
     """auto: cuda where there is one, else cpu."""
     quantization: Literal["nf4"] | None = None
     """nf4: the linear layers are held in 4 bits, and an adapter is trained on them (QLoRA)."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward instead of keeping its activations."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute each layer in the backward instead of keeping its activations. auto: none, or no more than the memory at hand is predicted
+    to need when the run starts; config.yaml names what was settled, with checkpoint_keep."""
     checkpoint_every: int = 1
     """With gradient_checkpointing: only every so many layers, the others keep their activations."""
     checkpoint_keep: Literal["nothing", "attention", "products"] = "nothing"
@@ -39,6 +40,8 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for an option that is out of range, or that would change nothing."""
+        if self.gradient_checkpointing not in (True, False, "auto"):
+            raise ConfigError(f"model.gradient_checkpointing must be true, false or auto, got {self.gradient_checkpointing!r}")
         if self.checkpoint_every < 1:
             raise ConfigError(f"model.checkpoint_every must be at least 1, got {self.checkpoint_every}")
         if self.mlp_chunk < 0:
@@ -48,6 +51,11 @@ class ModelConfig:
                 "model.mlp_chunk drops what model.checkpoint_keep products keeps; set checkpoint_keep to attention, or one of them"
             )
         for option, default in (("checkpoint_every", 1), ("checkpoint_keep", "nothing"), ("checkpoint_offload", False)):
+            if getattr(self, option) != default and self.gradient_checkpointing == "auto":
+                raise ConfigError(
+                    f"model.{option} is of gradient checkpointing that you choose; set --model.gradient_checkpointing true, or leave it "
+                    "out where that is auto"
+                )
             if getattr(self, option) != default and not self.gradient_checkpointing:
                 raise ConfigError(f"model.{option} counts only with gradient checkpointing; set --model.gradient_checkpointing true, too")
 

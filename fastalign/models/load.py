@@ -89,7 +89,7 @@ def prepare(loaded: Any, options: ModelConfig, lora: LoraConfig | None, *, task:
         loaded = add_adapter(loaded, lora, task)
     if options.mlp_chunk:
         slice_mlps(causal, options.mlp_chunk)
-    if options.gradient_checkpointing:
+    if options.gradient_checkpointing is True:  # of auto the run decides, when it knows the model
         enable_checkpointing(causal, options)
     return loaded
 

@@ -198,6 +198,8 @@ class RunConfig:
         self._require("max_tokens", self.max_tokens == "auto" or self.token_limit >= 1, "at least 1, or auto")
         if self.max_tokens == "auto" and (reason := self.unpredicted):
             raise ConfigError(f"max_tokens auto: {reason}; set a number, such as --max_tokens {RunConfig.max_tokens}")
+        if self.model.gradient_checkpointing == "auto" and (reason := self.unsettled):
+            raise ConfigError(f"model.gradient_checkpointing auto: {reason}; set it to true or false")
         for option in ("eval_every", "save_every", "seed", "profile"):
             self._require(option, getattr(self, option) >= 0, "0 or more")
         for option in ("learning_rate", "weight_decay"):
@@ -238,6 +240,11 @@ class RunConfig:
     def unpredicted(self) -> str | None:
         """Why `max_tokens` cannot be auto: what the prediction of memory does not know of such a run; None: it can."""
         return None
+
+    @property
+    def unsettled(self) -> str | None:
+        """Why `model.gradient_checkpointing` cannot be auto: what the prediction of memory does not know; None: it can."""
+        return self.unpredicted
 
     def longest(self, sample: Sample) -> list[Sample]:
         """What a step trains on of one `sample` of the data, as long as it may be."""

@@ -66,6 +66,10 @@ class KTOConfig(RunConfig):
     def unpredicted(self) -> str | None:
         return "with kl_scope microbatch the result depends on it" if self.kl_scope == "microbatch" else super().unpredicted
 
+    @property
+    def unsettled(self) -> str | None:
+        return super().unpredicted
+
     def load_data(self, tokenizer: Any, vocab_size: int | None) -> Samples:
         data = load_unpaired(self.data, tokenizer, vocab_size=vocab_size)
         if (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):

@@ -90,6 +90,10 @@ def resume_config(argv: Sequence[str], config_class: type[Config], run: Path) ->
     before, after = flat(load(saved, config_class)), flat(config)
     if after.get("max_tokens") == "auto":  # the run has settled on a number
         config.max_tokens = after["max_tokens"] = before["max_tokens"]  # type: ignore[attr-defined]
+    if after.get("model.gradient_checkpointing") == "auto":
+        for option in ("gradient_checkpointing", "checkpoint_keep"):
+            after[f"model.{option}"] = before[f"model.{option}"]
+            setattr(config.model, option, before[f"model.{option}"])  # type: ignore[attr-defined]
     for name, value in after.items():
         if name not in RESUME_MAY_CHANGE and value != before[name]:
             raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,35 +87,43 @@ class MomentsOfRank:
         return Footprint(highest, "optimizer" if highest is update else "micro-batch", 0, work)
 
 
-def unpredicted(config: RunConfig, processes: int, device: torch.device) -> str | None:
-    """Why the memory of one of `processes` is not predicted, and what to set; None: it is, as has been compared with measurements."""
+class Gap(NamedTuple):
+    """What is not predicted, since it has not been compared with a measurement."""
+
+    reason: str
+    instead: str  # what may be planned
+
+    def __str__(self) -> str:
+        return f"{self.reason} has not been compared with a measurement"
+
+
+def unpredicted(config: RunConfig, processes: int, device: torch.device) -> Gap | None:
+    """Why the memory of one of `processes` is not predicted; None: it is."""
     if processes == 1:
         return None
     if device.type != "cpu":
-        return (
-            f"several processes on {device.type} have not been compared with a measurement; --ranks 1 says what a process alone holds, "
-            "--model.device cpu what processes hold that talk by gloo"
+        return Gap(
+            f"what one of several processes on {device.type} holds",
+            "--ranks 1 says what a process alone holds, --model.device cpu what processes hold that talk by gloo",
         )
     if config.parallel.head == "vocab":
-        return "the head's scratch where it is divided has not been compared with a measurement; set --parallel.head whole"
+        return Gap("the scratch of a head that is divided", "set --parallel.head whole")
     if config.parallel.replicas > 1:
-        return (
-            f"groups that each hold everything have not been compared with a measurement; leave --parallel.replicas out, and plan one "
-            f"group: --ranks {processes // config.parallel.replicas}"
-        )
+        group = processes // config.parallel.replicas
+        return Gap("what each of several groups holds", f"leave --parallel.replicas out, and plan one group: --ranks {group}")
     if config.lora.enabled or (Path(config.model.path) / "adapter_config.json").is_file():
-        return "an adapter on several processes"
+        return Gap("an adapter on several processes", "")
     if config.parallel.shard == "optimizer":
-        return "parallel.shard optimizer"
+        return Gap("parallel.shard optimizer", "")
     if config.copies_model:
-        return "a reference that is a copy has not been compared with a measurement on several processes; set --reference cache"
+        return Gap("a reference that is a copy, on several processes,", "set --reference cache")
     return None
 
 
 def check_predicted(config: RunConfig, processes: int, device: torch.device) -> None:
     """Raise ConfigError where `unpredicted` has a reason."""
-    if reason := unpredicted(config, processes, device):
-        raise ConfigError(f"the memory of {processes} processes is not predicted: {reason}")
+    if gap := unpredicted(config, processes, device):
+        raise ConfigError(f"ranks {processes}: {gap}, so it is not predicted; {gap.instead}")
 
 
 def footprint_of_rank(model: nn.Module, config: RunConfig, processes: int, **options: Any) -> Footprint:

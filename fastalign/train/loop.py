@@ -41,7 +41,7 @@ from fastalign.train.metrics import MetricsWriter, NoMetrics, check_loggers, mem
 from fastalign.train.optim import Optimizer, learning_rate, trainable
 from fastalign.train.profile import StepProfiler
 from fastalign.train.report import write_counts, write_report
-from fastalign.train.room import with_max_tokens
+from fastalign.train.room import with_checkpointing, with_max_tokens
 from fastalign.train.step import Order, check_lengths, check_vocabulary, deal, over_ranks, run_step, to_floats, with_target
 from fastalign.types import Sample
 
@@ -104,9 +104,9 @@ class _Run:
             torch.manual_seed(config.seed)
             self.model = host.load(distributed.on_host(config) if self.divided_first else config, self.tokenizer)
         self.device = distributed.device_of(config) if self.divided_first else next(self.model.parameters()).device
-        self.config = config = with_max_tokens(
-            config, self.model, self.data, folder.path, ranks, device=self.device, budget=host.memory_budget
-        )
+        settle: dict[str, Any] = {"device": self.device, "budget": host.memory_budget}
+        config = with_checkpointing(config, self.model, self.data, folder.path, ranks, **settle)
+        self.config = config = with_max_tokens(config, self.model, self.data, folder.path, ranks, **settle)
         self.whole = without_storage(self.model) if ranks.size > 1 else self.model  # as it is before it is divided
         self.head_weight = lm_head_weight(self.model)
         self.embedding = causal_lm(self.model).get_input_embeddings()

@@ -65,6 +65,11 @@ def plan(config: RunConfig, *, scored: float = 1.0, timed: bool = True, ranks: i
         raise ConfigError(
             "max_tokens auto is what a run asks the device that it finds; give plan a number, its table says the largest for each size"
         )
+    if config.model.gradient_checkpointing == "auto":
+        raise ConfigError(
+            "model.gradient_checkpointing auto is what a run asks the device that it finds; give plan true or false, its table says what "
+            "each kind of it needs"
+        )
     if not 0 < scored <= 1:
         raise ConfigError(f"scored must be a share in (0, 1], got {scored}")
     device = torch.device("cpu" if config.model.device == "cpu" else "cuda")  # a device that need not be here

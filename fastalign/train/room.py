@@ -1,4 +1,7 @@
-"""The largest micro-batch that a device is predicted to have room for: `--max_tokens auto`, and how much room there is."""
+"""What a device is predicted to have room for: the largest micro-batch (`--max_tokens auto`), and the layers' activations.
+
+`--model.gradient_checkpointing auto` is settled first, for micro-batches that keep a device busy; then they become as large as they can.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from fastalign.errors import ConfigError, ModelError
+from fastalign.models.checkpointing import enable_checkpointing
+from fastalign.models.trunk import causal_lm
 from fastalign.objectives.base import Dataset, RunConfig
 from fastalign.packing import collate, packed_tokens, spared_tokens
 from fastalign.ranks import Ranks
@@ -28,7 +33,71 @@ STEP = 64  # tokens that a limit is a multiple of
 PIECES = 8  # sequences of the batch that is predicted: of more it takes longer, and says the same
 FIRST = 2048  # tokens that are predicted first
 
+# The settings of `--model.gradient_checkpointing auto`, the fastest first.
+CHECKPOINTING: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": False, "checkpoint_keep": "nothing"},
+    {"gradient_checkpointing": True, "checkpoint_keep": "products"},
+    {"gradient_checkpointing": True, "checkpoint_keep": "attention"},
+    {"gradient_checkpointing": True, "checkpoint_keep": "nothing"},
+)
+
 Config = TypeVar("Config", bound=RunConfig)
+
+
+def with_checkpointing(
+    config: Config, model: Any, data: Dataset, folder: Path, ranks: Ranks, *, device: torch.device, budget: float | None = None
+) -> Config:
+    """`config` and `model` with a setting where gradient_checkpointing is auto: that of the run which it resumes in `folder`, or what fits.
+
+    It is the first one of `CHECKPOINTING` with which the prediction stays within the memory that `with_max_tokens` would fill, in
+    micro-batches of `max_tokens` tokens; where that is auto, too, of 2048 (or a whole step, or the longest sample). If none
+    fits it is the last one. All processes take the same. Raises ConfigError for a run whose memory cannot be predicted.
+    """
+    if config.model.gradient_checkpointing != "auto":
+        return config
+    saved = folder / "config.yaml"
+    if config.resume and saved.is_file():
+        there = read_mapping(saved)["model"]
+        return _checkpointed(config, model, {name: there[name] for name in CHECKPOINTING[0]})
+    if gap := unpredicted(config, ranks.size, device):
+        raise ConfigError(f"model.gradient_checkpointing auto: {gap}, so it is not predicted; set it to true or false")
+    low, high = step_tokens(config, data, ranks.size)
+    tokens = max(low, min(high, FIRST if config.max_tokens == "auto" else config.token_limit))
+    room = min(math.inf if budget is None else budget, SHARE.get(device.type, 0.5) * free_bytes(device))
+    samples, found = _most_scored(config, data.samples), 0
+    for setting in CHECKPOINTING:
+        if config.model.mlp_chunk and setting["checkpoint_keep"] == "products":  # which do not go together
+            continue
+        settled = _checkpointed(config, model, setting)
+        try:
+            predicted = _footprint(settled, model, samples, tokens, ranks.size, device)
+        except ModelError as error:
+            raise ConfigError(f"model.gradient_checkpointing auto: {error}; set it to true or false") from error
+        found = _needed(predicted, device, ranks, budget)
+        if fits := not ranks.any(found > room):
+            break
+    keeps = f" with --model.checkpoint_keep {settled.model.checkpoint_keep}" * (settled.model.checkpoint_keep != "nothing")
+    logger.log(
+        logging.INFO if fits else logging.WARNING,
+        "model.gradient_checkpointing auto: %s%s; micro-batches of %d tokens are predicted to need %.2f GiB%s",
+        str(settled.model.gradient_checkpointing).lower(), keeps, tokens, found / 2**30,
+        "" if fits else f", and {room / 2**30:.2f} are for them; trying it. fastalign plan says what needs less",
+    )  # fmt: skip
+    return settled
+
+
+def _checkpointed(config: Config, model: Any, setting: dict[str, Any]) -> Config:
+    """`config` with this setting, and `model` made so: it has what was set last."""
+    settled = replace(config, model=replace(config.model, **setting))
+    if setting["gradient_checkpointing"]:
+        enable_checkpointing(causal_lm(model), settled.model)
+    return settled
+
+
+def _needed(predicted: Footprint, device: torch.device, ranks: Ranks, budget: float | None) -> int:
+    """Bytes that must be free, where the weights of a process alone on a device are there; a host reads them when they are used."""
+    there = budget is not None or (device.type == "cuda" and ranks.size == 1)
+    return predicted.growth if there else predicted.peak
 
 
 def with_max_tokens(
@@ -58,9 +127,7 @@ def with_max_tokens(
     found: dict[int, int] = {}
 
     def needed(tokens: int) -> int:
-        predicted = _footprint(config, model, samples, tokens, ranks.size, device)
-        there = budget is not None or (device.type == "cuda" and ranks.size == 1)  # the weights; a host reads them when they are used
-        found[tokens] = predicted.growth if there else predicted.peak
+        found[tokens] = _needed(_footprint(config, model, samples, tokens, ranks.size, device), device, ranks, budget)
         return found[tokens]
 
     try:

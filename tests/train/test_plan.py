@@ -272,7 +272,7 @@ def test_the_plan_of_one_of_several_processes(folder: Path, few: None, capsys: p
     shown = " ".join(capsys.readouterr().out.split())
     for text in ("each of 4 processes", "tokens/s of 4", "Through each process travel 0.0", "Seconds are an estimate of processes"):
         assert text in shown, text
-    with pytest.raises(ConfigError, match=r"4 processes is not predicted: a reference that is a copy .* set --reference cache"):
+    with pytest.raises(ConfigError, match=r"ranks 4: a reference that is a copy, .* so it is not predicted; set --reference cache"):
         planning.plan(replace(config, reference="copy"), ranks=4)
     for words, message in (
         (["--ranks", "0"], "ranks must be the number of processes, at least 1, got 0"),
@@ -281,7 +281,10 @@ def test_the_plan_of_one_of_several_processes(folder: Path, few: None, capsys: p
         (["--ranks", "4", "--parallel.replicas", "2"], "leave --parallel.replicas out, and plan one group: --ranks 2"),
         (["--ranks", "4", "--parallel.head", "vocab"], "set --parallel.head whole"),
         (["--ranks", "4", "--optimizer", "adamw_8bit"], "optimizer adamw_8bit is of one process, and there are 4"),
-        (["--ranks", "4", "--model.device", "auto"], "several processes on cuda have not been compared with a measurement"),
+        (
+            ["--ranks", "4", "--model.device", "auto"],
+            "ranks 4: what one of several processes on cuda holds has not been compared with a measurement, so it is",
+        ),
     ):
         assert cli.main(["plan", *options, *words]) == 2
         assert message in capsys.readouterr().err, words
