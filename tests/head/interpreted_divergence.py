@@ -273,7 +273,7 @@ def test_rows_beyond_2_31_elements():
     assert_near(far, d_want, 1e-6, "gradient")
 
 
-N = 64
+N = 16  # a row is a program, which the interpreter runs one after another
 WHOLE, TILES = None, 2 * 2 * N * 130 * 4  # budgets: one slab; tiles of 130 columns
 
 
