@@ -6,11 +6,13 @@ reader would have to drop one of the values.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from fastalign.errors import DataError
 
@@ -21,14 +23,23 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 def scan_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place, value or DataError) for every line that is not blank."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+    offset, number = 0, 0
+    with opened(path) as file:
+        lines = iter(file)
+        while True:
+            number += 1
+            try:
+                raw = next(lines)
+            except StopIteration:
+                return
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                yield f"{path}:{number}", _not_gzip(path, number, error)
+                return
             place, start = f"{path}:{number}", offset
             offset += len(raw)
             if number == 1:
-                if error := _utf16_error(path, raw):
-                    yield place, error
+                if wrong := _utf16_error(path, raw):
+                    yield place, wrong
                     return
                 if raw.startswith(_UTF8_BOM):
                     raw, start = raw[len(_UTF8_BOM) :], len(_UTF8_BOM)
@@ -37,12 +48,22 @@ def scan_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             yield place, _parse_line(place, raw, start)
 
 
+def opened(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked where its name ends in .gz."""
+    return cast("IO[bytes]", gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
 def scan_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place, value or DataError) for a JSON array, an object with an array `data`, or JSON Lines in a .json file.
 
     A syntax error ends an array, because what follows it has no certain meaning.
     """
-    raw = path.read_bytes()
+    try:
+        with opened(path) as file:
+            raw = file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        yield f"{path}:1", _not_gzip(path, 1, error)
+        return
     if wrong := _utf16_error(path, raw):
         yield f"{path}:1", wrong
         return
@@ -217,3 +238,9 @@ def _utf16_error(path: Path, raw: bytes) -> DataError | None:
             f"{path}:1: not UTF-8: the file starts with a UTF-16 byte order mark; re-save it as UTF-8 (iconv -f utf-16 -t utf-8 OLD > NEW)"
         )
     return None
+
+
+def _not_gzip(path: Path, line: int, error: Exception) -> DataError:
+    return DataError(
+        f"{path}:{line}: cannot be unpacked: {error}; it is no gzip file, or its end is missing: compress or download it again"
+    )

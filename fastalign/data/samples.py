@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -102,9 +103,11 @@ def read_part(
     Without a tokenizer only the structure is checked, and no samples are made.
     """
     path = (config.eval_path or config.path) if held_out else config.path
-    split = (config.eval_split or config.split) if held_out else config.split
+    split, subset = (config.eval_split or config.split) if held_out else config.split, config.subset
+    if held_out and config.eval_path and Path(config.eval_path).expanduser().is_file():
+        split, subset = config.eval_split or "train", None  # those of data.path, which a file does not have
     report, part = DataReport(source=path, noun=data.noun), Part()
-    examples = _examples(data, scan_rows(path, split, config.subset), config, report, first_index)
+    examples = _examples(data, scan_rows(path, split, subset), config, report, first_index)
     if tokenizer is None:
         for _ in examples:
             report.samples += 1

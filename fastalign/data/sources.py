@@ -18,7 +18,7 @@ Row = dict[str, Any]
 BATCH_ROWS = 1024
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
-_SUFFIXES = (*_JSONL_SUFFIXES, ".json", ".parquet")
+_SUFFIXES = (*_JSONL_SUFFIXES, ".json", ".parquet", *(f"{suffix}.gz" for suffix in (*_JSONL_SUFFIXES, ".json")))
 
 
 def read_rows(path: str, split: str = "train", subset: str | None = None) -> Iterator[tuple[str, Row]]:
@@ -32,8 +32,8 @@ def read_rows(path: str, split: str = "train", subset: str | None = None) -> Ite
 def scan_rows(path: str, split: str = "train", subset: str | None = None) -> Iterator[tuple[str, Row | DataError]]:
     """Like `read_rows`, but yields the DataError of a bad row in its place and goes on where the format allows.
 
-    `path` is a .jsonl/.ndjson, .json or .parquet file, a folder (saved by `datasets`, or holding data files), or a hub
-    name. Code that comes with a data set is never run. Raises DataError when there is no such source.
+    `path` is a .jsonl/.ndjson, .json (any of them may be compressed: .jsonl.gz) or .parquet file, a folder (saved by `datasets`, or
+    holding data files), or a hub name. Code that comes with a data set is never run. Raises DataError when there is no such source.
     """
     for place, row in _open(path, split, subset):
         if isinstance(row, (dict, DataError)):
@@ -72,6 +72,9 @@ def _open(path: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]
     if local.is_dir():
         return _scan_dataset(path, split, _load_folder(local, split, subset))
     if local.exists():
+        if split != "train" or subset is not None:
+            given = f"data.subset {subset!r}" if subset is not None else f"split {split!r}"
+            raise DataError(f"{path}: a file has neither splits nor subsets ({given} was asked for); name the file that holds those rows")
         return _scan_file(local)
     looks_local = path.endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(path)
     if looks_local:
@@ -84,7 +87,9 @@ def _scan_file(path: Path) -> Iterator[tuple[str, Any]]:
         path.open("rb").close()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
-    suffix = path.suffix.lower()
+    suffix = path.suffix.lower() if path.suffix.lower() != ".gz" else path.with_suffix("").suffix.lower()
+    if path.suffix.lower() == ".gz" and suffix == ".parquet":
+        raise DataError(f"{path}: Parquet is compressed in itself and cannot be read from gzip; decompress the file (gunzip)")
     if suffix in _JSONL_SUFFIXES:
         return scan_jsonl(path)
     if suffix == ".json":
@@ -92,7 +97,8 @@ def _scan_file(path: Path) -> Iterator[tuple[str, Any]]:
     if suffix == ".parquet":
         return _scan_parquet(path)
     raise DataError(
-        f"{path}: the suffix {suffix!r} is not one that is read ({', '.join(_SUFFIXES)}); convert or decompress the file, then rename it"
+        f"{path}: the suffix {path.suffix.lower()!r} is not one that is read ({', '.join(_SUFFIXES)}); "
+        "convert or decompress the file, then rename it"
     )
 
 
@@ -129,6 +135,8 @@ def _load_folder(path: Path, split: str, subset: str | None) -> Dataset:
     except Exception as error:
         raise DataError(f"{path}: the saved data set cannot be loaded: {_first_line(error)}; save it again with save_to_disk") from error
     if isinstance(loaded, Dataset):
+        if split not in ("train", str(loaded.split)):
+            raise DataError(f"{path}: one data set without splits was saved there, and no split {split!r}; leave data.split out")
         return loaded
     if split not in loaded:
         raise DataError(f"{path}: no split {split!r}; it has {', '.join(map(repr, loaded))}: choose one with data.split")

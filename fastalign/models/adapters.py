@@ -40,6 +40,8 @@ def add_adapter(model: Any, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
         lora_dropout=lora.dropout,
         target_modules=_targets(model, lora.targets),
         modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
     )
     try:
         return peft.get_peft_model(model, config)
@@ -48,13 +50,18 @@ def add_adapter(model: Any, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
 
 
 def check_adapter_folder(path: str) -> None:
-    """Raise ModelError unless `path` holds a LoRA adapter in safetensors."""
+    """Raise ModelError unless `path` holds a LoRA adapter in safetensors that can be switched off."""
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"lora.adapter {path!r}: no adapter_config.json there; it must be the folder of a PEFT adapter")
-    kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
-    if kind != "LORA":
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if (kind := config.get("peft_type")) != "LORA":
         raise ModelError(f"{path}: a {kind} adapter; only LoRA adapters can be trained further")
+    if (bias := config.get("bias", "none")) != "none":
+        raise ModelError(
+            f"{path}: the adapter trains biases of the model in place (bias {bias!r}), so that the model without it, the reference, would "
+            "move along; merge it (merge_and_unload) and train a fresh adapter, or make one with bias 'none'"
+        )
     if not (folder / "adapter_model.safetensors").is_file():
         found = "only a pickle (adapter_model.bin), which is not read" if (folder / "adapter_model.bin").is_file() else "no weights"
         raise ModelError(f"{path}: {found}; load it with PEFT where you trust it, and save_pretrained writes adapter_model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,13 +68,17 @@ class LoraConfig:
     r: int = 0
     """Rank; 0: train all weights of the model."""
     alpha: float | None = None
-    """Scale of the update is alpha / r; null: 2 r."""
+    """Scale of the update is alpha / r (with rslora: alpha / sqrt(r)); null: 2 r."""
     dropout: float = 0.0
     """Share of the adapter's inputs that are zeroed in training."""
     targets: str | list[str] = "all-linear"
     """Names of the layers to adapt, lm_head included; all-linear: every linear layer but lm_head (may stand in a list, too)."""
     modules_to_save: list[str] = field(default_factory=list)
     """Layers to train in full beside the adapter and to keep in it, e.g. lm_head."""
+    rslora: bool = False
+    """Rank-stabilised (Kalajdzievski 2023): the scale does not vanish as r grows."""
+    dora: bool = False
+    """Learn the length of every row of a weight apart from its direction (Liu 2024); slower, and not of lm_head."""
     adapter: str | None = None
     """Folder of an existing PEFT adapter to train further; replaces the options above."""
     reference: Literal["start", "base"] = "start"
@@ -83,3 +88,24 @@ class LoraConfig:
     def enabled(self) -> bool:
         """Whether an adapter is trained."""
         return self.r > 0 or self.adapter is not None
+
+    def validate(self, *, beside: str = "") -> None:
+        """Raise ConfigError for an option that is out of range, or that would change nothing: those of a fresh adapter count only
+        with r above 0 and without an existing adapter, which may also be what `beside` names (a model.path)."""
+        if self.r < 0:
+            raise ConfigError(f"lora.r must be a rank, or 0 to train all weights, got {self.r}")
+        existing = "lora.adapter" if self.adapter is not None else beside
+        fresh = ("alpha", "dropout", "targets", "modules_to_save", "rslora", "dora")
+        given = [name for name in ("r", *fresh) if getattr(self, name) != getattr(LoraConfig(), name)]
+        if existing and given:
+            raise ConfigError(f"lora.{given[0]}: {existing} is an adapter with options of its own; leave lora.{given[0]} out")
+        if given and not self.r:
+            raise ConfigError(f"lora.{given[0]} counts only with an adapter, and all weights are trained (lora.r 0); set --lora.r 16, too")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ConfigError(f"lora.alpha must be positive and finite, or null for 2 r, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must be in [0, 1), got {self.dropout}")
+        if self.reference not in ("start", "base"):
+            raise ConfigError(f"lora.reference must be one of start, base, got {self.reference!r}")
+        if self.reference == "base" and not existing:
+            raise ConfigError("lora.reference counts only where an existing adapter is trained further; leave it at start")

@@ -82,6 +82,8 @@ class AnswerConfig(RunConfig):
             raise ConfigError(
                 "lora.modules_to_save: vLLM takes no adapter with whole layers in it; leave it out, or set --engine transformers"
             )
+        if self.lora.dora:
+            raise ConfigError("lora.dora: vLLM takes plain LoRA adapters only; leave it out, or set --engine transformers")
         if self.engine == "vllm":
             self.vllm_local.validate()
             if self.model.quantization:

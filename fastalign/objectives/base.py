@@ -184,13 +184,10 @@ class RunConfig:
         self.model.validate()
         self.data.validate()
         self.parallel.validate()
+        self.lora.validate(beside="model.path" if _is_adapter(self.model.path) else "")
         adapter = self.lora.enabled or _is_adapter(self.model.path)
         if self.model.quantization and not adapter:
             raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")
-        if self.lora.reference not in ("start", "base"):
-            raise ConfigError(f"lora.reference must be one of start, base, got {self.lora.reference!r}")
-        if self.lora.reference == "base" and (self.lora.adapter is None) and not _is_adapter(self.model.path):
-            raise ConfigError("lora.reference counts only where an existing adapter is trained further; leave it at start")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
         for option in ("batch_size", "keep_checkpoints", "log_every", "max_nonfinite"):
@@ -218,6 +215,8 @@ class RunConfig:
             )
         keeps_none = not self.master_weights and self.optimizer != "adamw_offload"
         self._require_use("stochastic_rounding", keeps_none, "master_weights false, and without adamw_offload")
+        held_out = bool(self.data.eval_fraction or self.data.eval_path or self.data.eval_split)
+        self._require_use("eval_every", held_out, "held-out data (data.eval_fraction, data.eval_path or data.eval_split)")
         self._require_choice("lr_schedule", ("linear", "cosine", "constant"))
         self._require_choice("metrics", ("full", "basic"))
 

@@ -69,6 +69,7 @@ class DistillConfig(RunConfig):
             raise ConfigError("teacher.path: no teacher given; set --teacher.path DIR (a Transformers model folder or hub name)")
         self._require_choice("divergence", ("forward_kl", "reverse_kl", "jsd"))
         self._require("beta", 0 <= self.beta <= 1, "in [0, 1]")
+        self._require_use("beta", self.divergence == "jsd", "divergence=jsd")
         self._require("temperature", 0 < self.temperature < float("inf"), "positive and finite")
         self._require("nll_weight", 0 <= self.nll_weight < 1, "in [0, 1); nll alone is `fastalign sft`")
 

@@ -248,11 +248,9 @@ def adapter(out: Outcome) -> None:
         out.drop(out.same, "use_peft is false", *fields, "lora_target_parameters", "use_rslora", "use_dora")
         return
     out.set("lora.r", int(v["lora_r"]), "lora_r", "use_peft")
-    alpha = float(v["lora_alpha"])
-    if v["use_rslora"]:  # alpha / sqrt(r) in place of alpha / r
-        alpha *= math.sqrt(int(v["lora_r"]))
-        out.notes.append("use_rslora: its scale alpha / sqrt(r) is lora.alpha / r with the lora.alpha that is written")
-    out.set("lora.alpha", alpha, "lora_alpha", "use_rslora")
+    out.set("lora.alpha", float(v["lora_alpha"]), "lora_alpha")
+    out.set("lora.rslora", bool(v["use_rslora"]), "use_rslora")
+    out.set("lora.dora", bool(v["use_dora"]), "use_dora")
     out.set("lora.dropout", float(v["lora_dropout"]), "lora_dropout")
     targets = v["lora_target_modules"]
     if targets:
@@ -265,7 +263,6 @@ def adapter(out: Outcome) -> None:
     if v["lora_modules_to_save"]:
         out.set("lora.modules_to_save", v["lora_modules_to_save"], "lora_modules_to_save")
     out.drop(out.lost, "adapters are of whole linear layers", "lora_target_parameters")
-    out.drop(out.lost, "adapters are plain LoRA", "use_dora")
 
 
 def quantization(out: Outcome) -> None:

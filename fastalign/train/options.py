@@ -44,17 +44,19 @@ _KNOWN_ELSEWHERE = {
     "save_steps": "save_every",
     "save_total_limit": "keep_checkpoints",
     "train_batch_size": "batch_size",
+    "use_dora": "lora.dora",
+    "use_rslora": "lora.rslora",
 }
 
 # The sections of `--help` for the fields of the run itself; a nested dataclass is a section of its own.
 _SECTIONS = {
     "run": ("output", "resume", "overwrite", "seed"),
-    "batches and length": ("batch_size", "max_tokens", "epochs", "max_steps", "logits_budget"),
+    "batches and length": ("batch_size", "max_tokens", "epochs", "max_steps", "logits_budget", "share_prompts"),
     "optimisation": (
         "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-        "master_weights", "max_nonfinite",
+        "optimizer", "update_in_backward", "master_weights", "stochastic_rounding", "max_nonfinite",
     ),
-    "evaluation, checkpoints and logs": ("eval_every", "save_every", "keep_checkpoints", "log_every", "loggers", "metrics"),
+    "evaluation, checkpoints and logs": ("eval_every", "save_every", "keep_checkpoints", "log_every", "loggers", "metrics", "profile"),
 }  # fmt: skip
 
 
@@ -196,7 +198,8 @@ def expected(kind: Any) -> str:
 
 def help_text(config_class: type, usage: str) -> str:
     """The `--help` of a config: sections of one line per option with its type, meaning and default."""
-    sections: dict[str, list[Option]] = {name: [] for name in ("run", "model", "data")}
+    own = _section_of(config_class)
+    sections: dict[str, list[Option]] = {name: [] for name in ("run", "model", "data", own)}
     for option in options(config_class).values():
         sections.setdefault(_section(option), []).append(option)
     width = max(len(_signature(option)) for group in sections.values() for option in group if len(_signature(option)) < 48)
@@ -213,7 +216,11 @@ def _section(option: Option) -> str:
     if option.section:
         return option.section.replace(".", " ")
     named = next((name for name, fields in _SECTIONS.items() if option.name in fields), None)
-    return named or option.owner.__name__.removesuffix("Config").lower()
+    return named or _section_of(option.owner)
+
+
+def _section_of(config_class: type) -> str:
+    return config_class.__name__.removesuffix("Config").lower()
 
 
 def _signature(option: Option) -> str:

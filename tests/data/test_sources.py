@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,34 @@ def test_parquet_that_is_none_or_was_cut(tmp_path: Path) -> None:
     assert "write it again, or give the data as JSONL" in error_of(str(path))
 
 
+def test_a_gzip_file_gives_the_rows_of_what_is_in_it(tmp_path: Path) -> None:
+    plain, lines = write(tmp_path, "a.jsonl", "\n\n".join(LINES)), "\n\n".join(LINES).encode()
+    packed = write(tmp_path, "a.jsonl.gz", gzip.compress(lines))
+    assert rows_of(packed) == rows_of(plain) == ROWS
+    assert lines_of(packed) == lines_of(plain)
+    assert rows_of(write(tmp_path, "a.json.gz", gzip.compress(json.dumps(ROWS).encode()))) == ROWS
+    for name in ("b.jsonl.gz", "b.json.gz"):
+        for content in (lines, gzip.compress(lines)[:-20]):  # not packed at all; cut short
+            assert "cannot be unpacked" in error_of(write(tmp_path, name, content))
+    assert "compressed in itself" in error_of(write(tmp_path, "a.parquet.gz", b""))
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", LINES[0])
+    assert "a file has neither splits nor subsets (split 'test' was asked for)" in error_of(path, split="test")
+    assert "(data.subset 'en' was asked for)" in error_of(path, subset="en")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert rows_of(str(tmp_path / "saved")) == ROWS
+    assert "no split 'test'; leave data.split out" in error_of(str(tmp_path / "saved"), split="test")
+
+
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     write(tmp_path, "pairs.jsonl", LINES[0])
     assert f"did you mean '{tmp_path}/pairs.jsonl'?" in error_of(str(tmp_path / "pair.jsonl"))
     assert f"nor the folder '{tmp_path}/none'" in error_of(str(tmp_path / "none" / "pairs.jsonl"))
-    assert "the suffix '.csv' is not one that is read (.jsonl, .ndjson, .json, .parquet)" in error_of(write(tmp_path, "a.csv", "a,b"))
+    assert "the suffix '.csv' is not one that is read (.jsonl, .ndjson, .json, .parquet, .jsonl.gz, " in error_of(
+        write(tmp_path, "a.csv", "a,b")
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "neither a file here nor a data set" in error_of(str(empty))

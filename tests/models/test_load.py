@@ -2,6 +2,7 @@ import json
 import logging
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from families import fused_logps, ragged_batch, stock_logps, stock_twin
@@ -201,6 +202,64 @@ def test_adapters_that_cannot_be_continued(folder: Path, trained: nn.Module, tmp
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"only a pickle \(adapter_model.bin\), which is not read"):
         load_model(folder, lora=LoraConfig(adapter=str(adapter)))
+
+
+def test_an_adapter_that_trains_biases_cannot_be_switched_off(folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only")).save_pretrained(tmp_path / "adapter")
+    for reference in ("start", "base"):
+        with pytest.raises(ModelError, match=r"trains biases of the model in place \(bias 'lora_only'\).*make one with bias 'none'"):
+            load_model(folder, lora=LoraConfig(adapter=str(tmp_path / "adapter"), reference=reference))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"r": -1}, "lora.r must be a rank"),
+        ({"alpha": 32.0}, r"lora.alpha counts only with an adapter.*set --lora.r 16"),
+        ({"targets": ["q_proj"]}, "lora.targets counts only with an adapter"),
+        ({"dora": True}, "lora.dora counts only with an adapter"),
+        ({"r": 4, "adapter": "there"}, "lora.r: lora.adapter is an adapter with options of its own; leave lora.r out"),
+        ({"dropout": 0.1, "adapter": "there"}, "lora.dropout: lora.adapter is an adapter"),
+        ({"r": 4, "alpha": float("nan")}, "lora.alpha must be positive and finite"),
+        ({"r": 4, "dropout": 1.0}, r"lora.dropout must be in \[0, 1\)"),
+        ({"r": 4, "reference": "base"}, "counts only where an existing adapter is trained further"),
+    ],
+)
+def test_options_of_an_adapter_that_would_change_nothing(options: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LoraConfig(**options).validate()
+
+
+def test_options_beside_a_model_path_that_is_an_adapter() -> None:
+    LoraConfig(reference="base").validate(beside="model.path")
+    with pytest.raises(ConfigError, match=r"lora.alpha: model.path is an adapter with options of its own"):
+        LoraConfig(alpha=8.0).validate(beside="model.path")
+
+
+def test_dora_and_rslora_are_those_of_peft(folder: Path) -> None:
+    for options, ours in (({"use_dora": True}, {"dora": True}), ({"use_rslora": True}, {"rslora": True})):
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        wanted = peft.get_peft_model(
+            base, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+        )
+        model = load_model(folder, lora=LoraConfig(r=4, **ours))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for (name, parameter), other in zip(model.named_parameters(), wanted.parameters(), strict=True):
+                if "lora_" in name:
+                    parameter.copy_(torch.rand_like(parameter))
+                    other.copy_(parameter)
+        plain = stock_logps(AutoModelForCausalLM.from_pretrained(folder), BATCH)
+        found, stock = fused_logps(model, BATCH), stock_logps(wanted, BATCH)
+        torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(stock, plain, atol=0.1)
+        gradients = [
+            torch.autograd.grad(logps.sum(), [p for p in of.parameters() if p.requires_grad])
+            for logps, of in ((found, model), (stock, wanted))
+        ]
+        for ours_of, theirs_of in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours_of, theirs_of, rtol=1e-3, atol=1e-3)
 
 
 def test_targets_that_are_not_in_the_model(folder: Path) -> None:

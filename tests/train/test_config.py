@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ import pytest
 
 from fastalign.errors import ConfigError, OutputError
 from fastalign.models.config import ModelConfig
+from fastalign.objectives.base import RunConfig
 from fastalign.objectives.grpo import GRPOConfig
 from fastalign.rollout.judging import JudgeConfig
 from fastalign.train.config import dump, flat, given_options, load, parse, resume_config
@@ -268,6 +270,10 @@ def test_every_option_of_dpo_has_help_and_a_section() -> None:
     assert listed <= set(table)  # no section names an option that is gone
     own = {name for name, option in table.items() if option.owner is DPOConfig}
     assert {name for name, option in table.items() if not option.section} == listed | own
+    text = help_text(DPOConfig, "fastalign dpo")
+    section = text.split("\ndpo:\n")[1].split("\n\n")[0]
+    every = {field.name for field in fields(RunConfig)}
+    assert set(re.findall(r"^  --(\S+)", section, re.M)) == {name for name in own if name not in every}
 
 
 def test_dpo_config_round_trips(tmp_path: Path) -> None:

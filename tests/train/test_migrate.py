@@ -165,7 +165,7 @@ def test_yaml_as_trl_takes_it(tmp_path: Path) -> None:
     found = migrate("dpo", file, our_class("dpo"))
     wanted = {
         "model.path": "my-model", "learning_rate": 5e-7, "batch_size": 16, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2],
-        "data.max_length": 4096, "max_tokens": 8192, "lora.r": 8, "lora.alpha": pytest.approx(32 * 8**0.5), "lr_schedule": "constant",
+        "data.max_length": 4096, "max_tokens": 8192, "lora.r": 8, "lora.alpha": 32, "lora.rslora": True, "lr_schedule": "constant",
         "warmup_ratio": 0.075, "max_steps": 200, "eval_every": 50, "data.eval_split": "test", "model.dtype": "bfloat16",
     }  # fmt: skip
     assert {name: found.options.get(name) for name in wanted} == wanted
