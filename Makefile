@@ -23,7 +23,8 @@ help:
 	@echo "make test-service the service under load, killed, and fuzzed (about 15 minutes)"
 	@echo "make test-matrix  tests on the oldest and the newest supported versions, in environments of their own"
 	@echo "make test-dropin  the patch of TRL's trainers on TRL 0.24 to 1.16, in environments of their own"
-	@echo "make gpu          tests, memory checks and head benchmark on a GPU, into OUT=gpu; PYTHON=... is used as it is"
+	@echo "make gpu          on a GPU, into OUT=gpu, in three calls: PART=1 tests, head benchmark, memory checks; PART=2 training against"
+	@echo "                  TRL; PART=3 profiles and tuning. PYTHON=... is used as it is; bash tests/gpu.sh --help says more"
 	@echo "make bench        DPO and the LM head against other trainers on this machine, into bench/results/"
 	@echo "make microbench   what single calls of the head, the losses, packing and collation take"
 
@@ -63,7 +64,7 @@ test-dropin: $(READY)
 	PYTHON="$(PYTHON)" bash tests/dropin.sh
 
 gpu:
-	PYTHON="$(PYTHON)" OUT="$(OUT)" bash tests/gpu.sh
+	PYTHON="$(PYTHON)" OUT="$(OUT)" bash tests/gpu.sh $(PART)
 
 bench: $(READY) native
 	$(BIN)/python -m bench dpo

@@ -10,6 +10,8 @@ from bench.training_sides import TASKS
 BENCHMARKS = {
     "head": ("bench.head", "the fused LM head against its bare GEMMs and peers, on a CPU or a GPU"),
     **{name: ("bench.training", f"{task.title} on a CPU against TRL") for name, task in TASKS.items()},
+    "gpu": ("bench.gpu", "DPO on one GPU against TRL at the widths of an 8B model: speed, memory, longest pair, profile"),
+    "rows": ("bench.rows", "bandwidth of the Triton row kernels by warps and columns at a time, on a GPU"),
     "ladder": ("bench.ladder", "the longest DPO pair that fits into fixed memory, on a CPU or a GPU, against TRL"),
     "patched": ("bench.patched", "TRL's trainers with and without the patch, on a CPU"),
     "costs": ("bench.costs", "what is paid beside the steps: unfilled bins, resuming, starting"),

@@ -90,20 +90,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def longest(growth: Growth, limit: float, most: int) -> tuple[int, int | None]:
-    """The longest multiple of STEP that fits, 0 if none does, and the shortest seen that does not, None if all up to `most` do.
+def longest(growth: Growth, limit: float, most: int, step: int = STEP) -> tuple[int, int | None]:
+    """The longest multiple of `step` that fits, 0 if none does, and the shortest seen that does not, None if all up to `most` do.
 
     Growth is taken to rise with the length. The two are next to each other, or within 1/16 of each other.
     """
-    fits, length, most = 0, STEP, most // STEP * STEP
+    fits, length, most = 0, step, most // step * step
     while growth(length) <= limit:
         fits = length
         if length == most:
             return fits, None
         length = min(2 * length, most)
     too_long = length
-    while too_long - fits > max(STEP, fits // 16):
-        middle = (fits + too_long) // 2 // STEP * STEP
+    while too_long - fits > max(step, fits // 16):
+        middle = (fits + too_long) // 2 // step * step
         if growth(middle) <= limit:
             fits = middle
         else:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from bench import base, table, training_page
@@ -119,7 +119,17 @@ def write_data(name: str, path: Path, samples: int, shape: Shape, model: Path, a
     return write_single(path, samples, shape, seed=seed, labels=task.data == "UnpairedDataConfig")
 
 
-def check_steps(name: str, folder: Path, model: Path, data: Path, adapter: Path | None, *, package: Path | None = None) -> None:
+def check_steps(
+    name: str,
+    folder: Path,
+    model: Path,
+    data: Path,
+    adapter: Path | None,
+    *,
+    package: Path | None = None,
+    device: str = "cpu",
+    tolerance: float = TOLERANCE,
+) -> None:
     """Stop unless all sides report the same loss and gradient norm in each of four steps on the same rows; fastalign being `package`'s."""
     task, found = TASKS[name], {}
     sides = {"fastalign": ("fastalign", task.same), "TRL": ("trl", {"logging_steps": 1})}
@@ -129,36 +139,41 @@ def check_steps(name: str, folder: Path, model: Path, data: Path, adapter: Path 
         start = str(adapter) if adapter else None
         epochs = 4 // task.iterations
         spec = Spec(name, side, str(model), str(data), "", "", options, adapter=start, epochs=epochs, learning_rate=task.check_rate)
-        record = run(folder, spec, package=package)
+        record = run(folder, replace(spec, device=device), package=package)
         found[called] = dict(zip(CHECKED, (record.losses, record.grad_norms)))
-    must_agree(name, found)
+    must_agree(name, found, tolerance)
 
 
-def must_agree(name: str, found: dict[str, dict[str, list[float]]]) -> None:
+def must_agree(name: str, found: dict[str, dict[str, list[float]]], tolerance: float = TOLERANCE) -> None:
     """Stop unless every side has the first one's numbers in each of `CHECKED`, by its name in `found`: four steps or more."""
     first, *others = found
     for other in others:
         for what in CHECKED:
             ours, theirs = found[first][what], found[other][what]
-            if not 4 <= len(ours) == len(theirs) or any(abs(a - b) > TOLERANCE * abs(b) for a, b in zip(ours, theirs)):
+            if not 4 <= len(ours) == len(theirs) or any(abs(a - b) > tolerance * abs(b) for a, b in zip(ours, theirs)):
                 raise SystemExit(f"bench {name}: {what} differ, nothing is measured: {first} {ours}, {other} {theirs}")
 
 
-def run(folder: Path, spec: Spec, *, package: Path | None = None) -> Recording:
-    """The recording of one run in a fresh process, outside the repository's configuration files; with the fastalign in `package`."""
+def run(
+    folder: Path, spec: Spec, *, package: Path | None = None, timeout: float | None = None, module: str = "bench.training_sides"
+) -> Recording:
+    """The recording of one run in a fresh process, outside the repository's configuration files; with the fastalign in `package`.
+
+    Raises subprocess.TimeoutExpired after `timeout` seconds.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch)
-        spec = Spec(**{**asdict(spec), "output": spec.output or str(place / "run"), "result": str(place / "result.json")})
+        spec = Spec(**{**asdict(spec), "output": spec.output or str(place / "run"), "result": spec.result or str(place / "result.json")})
         (place / "spec.json").write_text(json.dumps(asdict(spec)))
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, [package, ROOT] if package else [ROOT])),
+            "PYTHONPATH": os.pathsep.join(map(str, filter(None, [package, ROOT, os.environ.get("PYTHONPATH")]))),
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(place / "cache"),
         }
         if package:
             base.check_import(package, environment, place)
-        command = [sys.executable, "-m", "bench.training_sides", str(place / "spec.json")]
-        done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
+        command = [sys.executable, "-m", module, str(place / "spec.json")]
+        done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=timeout)
         if done.returncode:
             raise SystemExit(f"bench {spec.task}: {spec.side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return Recording(**json.loads(Path(spec.result).read_text()))

@@ -26,6 +26,7 @@ import torch
 from bench.given import AnswersFromRows, answer_from_rows, no_reward
 from bench.machine import peak_rss_mib, reset_peak_rss, rss_mib
 from bench.workload import Shape
+from fastalign.errors import DeviceMemoryError
 
 STARTED = time.perf_counter()
 
@@ -190,6 +191,10 @@ class Spec:
     device: str = "cpu"
     patched: bool = False  # TRL with the head operator in place of its own scores
     cuda_growth: float | None = None  # MiB of CUDA memory that may be taken once model and data are loaded
+    dtype: str = "float32"  # of the weights; bfloat16: TRL under autocast, as it is by default
+    cuda_gib: float | None = None  # of CUDA memory that may be taken in all
+    search: int | None = None  # longest sequence that a search tries (bench.gpu_search)
+    vocabulary: int = 2048  # of the words of what it trains on
 
 
 @dataclass
@@ -205,16 +210,28 @@ class Recording:
     rss_before: float = 0.0
     rss_peak: float = 0.0
     out_of_memory: bool = False
+    cuda_before: float = 0.0  # where a CUDA device is used; resident memory is not weighed then
+    cuda_peak: float = 0.0
+    fits: int = 0  # of a search: the longest sequence that fits
+    too_long: int | None = None  # and the shortest seen that does not
 
     def loaded(self) -> None:
         """Model and data are in memory."""
         self.startup_seconds = time.perf_counter() - STARTED
+        if torch.cuda.is_initialized():
+            self.cuda_before = torch.cuda.memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+            return
         self.rss_before = rss_mib()
         reset_peak_rss()
 
     def step_ended(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            self.cuda_peak = torch.cuda.max_memory_allocated() / 2**20
         self.ends.append(time.perf_counter())
-        self.rss_peak = peak_rss_mib()
+        if not torch.cuda.is_initialized():
+            self.rss_peak = peak_rss_mib()
 
 
 def run_fastalign(spec: Spec) -> Recording:
@@ -249,7 +266,7 @@ def run_fastalign(spec: Spec) -> Recording:
     options = dict(spec.options)
     checkpointing = options.pop("gradient_checkpointing", False)  # an option of the model
     config = TimedConfig(
-        model=ModelConfig(path=spec.model, dtype="float32", device=spec.device, gradient_checkpointing=checkpointing),
+        model=ModelConfig(path=spec.model, dtype=spec.dtype, device=spec.device, gradient_checkpointing=checkpointing),
         data=getattr(data, task.data)(path=spec.data, **({"max_length": None} if spec.uncut else {})),
         lora=LoraConfig(adapter=spec.adapter) if spec.adapter else LoraConfig(r=spec.lora_rank),
         output=spec.output,
@@ -313,9 +330,10 @@ def run_trl(spec: Spec) -> Recording:
         learning_rate=spec.learning_rate,
         seed=spec.seed,
         use_cpu=spec.device == "cpu",
-        bf16=False,
+        bf16=spec.dtype == "bfloat16",
         report_to="none",
         disable_tqdm=True,
+        **({} if spec.dtype == "float32" else {"model_init_kwargs": {"dtype": spec.dtype}}),
         **({"max_length": None} if spec.uncut else {}),
         **{"per_device_train_batch_size": spec.samples or 8, "save_strategy": "no", **task.both, **task.theirs, **spec.options},
     )
@@ -357,6 +375,12 @@ def limit_cuda(mib: float | None) -> None:
         )
 
 
+def limit_all(gib: float | None) -> None:
+    """Let this process take no more than `gib` of CUDA memory."""
+    if gib is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / torch.cuda.get_device_properties(0).total_memory))
+
+
 def real_tokens(inputs: dict[str, Any]) -> int:
     """Tokens of the sequences that are trained on, by whatever masks a trainer has; those that only estimate a KL do not count."""
     if "position_ids" in inputs:
@@ -368,8 +392,9 @@ def real_tokens(inputs: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     given = Spec(**json.loads(Path(sys.argv[1]).read_text()))
+    limit_all(given.cuda_gib)
     try:
         done = {"fastalign": run_fastalign, "trl": run_trl}[given.side](given)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, DeviceMemoryError):
         done = Recording(out_of_memory=True)
     Path(given.result).write_text(json.dumps(asdict(done)))

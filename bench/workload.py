@@ -49,13 +49,9 @@ QUICK = Shape(vocab_size=2048, hidden=64, layers=2, prompt_words=(3, 10), comple
 
 def write_model(folder: Path, shape: Shape) -> Path:
     """A random model and its word tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    vocabulary = {"<eos>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, shape.vocab_size)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    save_tokenizer(folder, shape.vocab_size)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=shape.vocab_size,
@@ -73,6 +69,17 @@ def write_model(folder: Path, shape: Shape) -> Path:
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of `size` words, the first two being the end and the padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<eos>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, size)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
 
 
 def write_adapter(folder: Path, model: Path, rank: int) -> Path:
