@@ -142,9 +142,9 @@ def test_what_the_engine_says_arrives_in_order_and_whole(monkeypatch):
         monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: (calls.append(1), call(*args)))
         post, queues = _Post(loop), [asyncio.Queue() for _ in range(4)]
         for i in range(50):
-            post.send(queues[0], [i])
+            post.send(queues[0].put_nowait, [i])
         assert len(calls) == 1  # the loop has not run since
-        threads = [threading.Thread(target=lambda q=q: [post.send(q, [i]) for i in range(50, 2000)]) for q in queues]
+        threads = [threading.Thread(target=lambda q=q: [post.send(q.put_nowait, [i]) for i in range(50, 2000)]) for q in queues]
         for thread in threads:
             thread.start()
         heard = [[(await asyncio.wait_for(q.get(), 20))[0] for _ in range(2000 - (q is not queues[0]) * 50)] for q in queues]
