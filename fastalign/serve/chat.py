@@ -339,6 +339,7 @@ class _Reply:
                 created=self.created,
                 finish_reason=row.finish_reason or "length",
                 sampling={"temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed, "index": row.index},
+                stopped=row.stream.stopped,
             )
             for row in rows
         ]
