@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +17,7 @@ from bench.serve_client import Connection, Judge, Reply, post
 from bench.serve_page import Served
 from bench.training import ROOT
 from bench.workload import QUICK, Shape, write_model
+from fastalign.serve.process import ServiceProcess
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 SHAPE = Shape(vocab_size=8192)
@@ -128,21 +125,9 @@ def service(model: Path, data: Path) -> Iterator[str]:
     """`fastalign serve` in a process of its own, and where it answers."""
     options = ["--model", str(model), "--data", str(data), "--open", "--port", "0", "--rate", "1000000", "--concurrent", "1000"]
     options += ["--max_rows", str(ROWS)]
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-    serve = [sys.executable, "-m", "fastalign", "serve", *options]
-    process = subprocess.Popen(serve, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if found := re.search(r"answers at (http://\S+)", line):
-                break
-        else:
-            raise RuntimeError(f"fastalign serve ended with {process.wait()}")
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
-        yield found[1]
-    finally:
-        process.terminate()
-        process.wait()
+    environment = {} if "OMP_WAIT_POLICY" in os.environ else {"OMP_WAIT_POLICY": "passive"}
+    with ServiceProcess(options, environment) as process:
+        yield process.url
 
 
 def ask(prompt: str) -> bytes:

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import subprocess
-import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -24,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastalign import demo_task
 from fastalign.demo_model import Size, build_model, build_tokenizer, one_thread, pretrain, sample
-from fastalign.errors import OutputError
+from fastalign.serve.process import ServiceProcess
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,21 +111,8 @@ def serving(folder: Path) -> Iterator[Client]:
     """`fastalign serve` in a process of its own."""
     options = ["--model", str(folder / "model"), "--data", str(folder / "feedback.db"), "--name", "demo", "--open", "--port", "0"]
     limits = ["--rate", "1000000", "--concurrent", "1000"]
-    process = subprocess.Popen([sys.executable, "-m", "fastalign", "serve", *options, *limits], stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        told = []
-        for line in process.stderr:
-            told.append(line)
-            if found := re.search(r"answers at (http://\S+)", line):
-                break
-        else:
-            raise OutputError(f"the service ended with {process.wait()}: {''.join(told[-3:]).strip()}")
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
-        yield Client(found[1], "demo")
-    finally:
-        process.terminate()
-        process.wait()
+    with ServiceProcess([*options, *limits]) as service:
+        yield Client(service.url, "demo")
 
 
 def likes(answer: str, right: str) -> bool:

@@ -81,6 +81,8 @@ def build_judge(config: JudgeConfig) -> Judge:
 class RewardModelJudge:
     """The scores of a reward model."""
 
+    on_device = True
+
     def __init__(self, path: str) -> None:
         self.reward = RewardModel(path)
         self.fingerprint = f"reward model {self.reward.fingerprint}"
@@ -101,6 +103,7 @@ class JudgeReward:
 
     def __init__(self, judge: Judge, size: int, workers: int) -> None:
         self.judge, self.size = judge, size
+        self.on_device = getattr(judge, "on_device", False)
         self.workers = workers if isinstance(judge, EndpointJudge) else 1
 
     def __call__(self, prompts: Sequence[Turns], completions: Sequence[Turns], **columns: Any) -> Rewards:

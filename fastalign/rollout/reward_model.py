@@ -28,6 +28,8 @@ class RewardModel:
     training. Raises ConfigError when the folder holds no reward model, DataError when its template cannot render a prompt.
     """
 
+    on_device = True
+
     def __init__(self, path: str, *, max_tokens: int = 16384) -> None:
         folder = Path(path) / "final" if (Path(path) / "final").is_dir() else Path(path)
         if not is_reward_model(folder):

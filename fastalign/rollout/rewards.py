@@ -7,6 +7,9 @@ A reward function is called once for all completions of a generation, by keyword
 with one entry per completion in each list: `prompts` and `completions` are text, or messages where the prompt is a
 conversation, and every other column of the prompt's row, unless it has one of these names, is repeated for its completions.
 It may be a coroutine function. None means that this function has nothing to say of a completion.
+
+Beside a service in the same process answers go on while a reward function is waited for. One that runs a model on the service's device, or
+draws torch's random numbers, says so by an attribute `on_device = True`, and has the device for itself.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from fastalign.errors import ConfigError, RewardError
+from fastalign.pausing import aside
 from fastalign.rollout.functions import load_callable
 from fastalign.rollout.judges import Turns, as_text
 
@@ -171,7 +176,8 @@ def score(
     table = []
     for reward in rewards:
         given = {"prompts": list(prompts), "completions": list(completions), "completion_ids": [list(ids) for ids in completion_ids]}
-        values = _call(reward, {name: list(column) for name, column in columns.items()} | given, timeout)
+        with nullcontext() if getattr(reward.function, "on_device", False) else aside():
+            values = _call(reward, {name: list(column) for name, column in columns.items()} | given, timeout)
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
             raise RewardError(f"reward {reward.name}: expected a list of {len(completions)} numbers, one per completion, got {got}")

@@ -8,8 +8,10 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -30,7 +32,7 @@ from fastalign.serve.wire import ApiError, ChatRequest, parse_chat
 log = logging.getLogger("fastalign.serve")
 
 GATHER = 0.002  # seconds; a step of a small model on a CPU takes as long, and reading a prompt longer
-SHORT = 4000  # characters of a conversation whose tokens are found sooner than another thread would begin
+SHORT = 2000  # characters of a conversation whose tokens are found sooner than another thread would begin
 
 
 class Chat:
@@ -43,7 +45,7 @@ class Chat:
             raise TemplateError(f"{config.model}: its tokenizer has no chat template, which turns a conversation into a prompt; add one")
         self.traits = TemplateTraits.of(self.tokenizer)
         self.post: _Post | None = None
-        self.arrived: list[tuple[Job, asyncio.Future[None]]] = []
+        self.arrived: list[_Arrived] = []
 
     async def complete(self, request: Request, caller: Caller) -> Response:
         """Answer one request. Raises ApiError and what the queue and the store raise."""
@@ -51,42 +53,68 @@ class Chat:
         if chat.model != self.config.model_name:
             told = f"there is no model {chat.model!r:.80}; this service has {self.config.model_name!r}"
             raise ApiError(404, told, param="model", code="model_not_found")
-        short = sum(len(message["content"]) for message in chat.messages) <= SHORT
-        prompt = self.render(chat.messages) if short else await asyncio.to_thread(self.render, chat.messages)
-        sampling = chat.sampling(self._room(len(prompt), chat.max_new_tokens))
         if self.config.log_prompts:
             log.info("conversation: %s", json.dumps(chat.messages, ensure_ascii=False))
+        text = self.text(chat.messages)
+        prompt = None if len(text) <= SHORT else await asyncio.to_thread(lambda: self.ids([text])[0])
         mailbox = _Mailbox(self._post(), whole=not chat.stream)
-        reply = _Reply(self, chat, Job(self.engine.rows(prompt, chat.n, sampling), mailbox.deliver), caller)
-        await self._submit(reply.job)
+        job = await self._submit(_Arrived(chat, mailbox, text, prompt))
+        reply = _Reply(self, chat, job, caller)
         if chat.stream:
             return _EventStream(reply.stream(mailbox, request), headers=HEADERS, media_type="text/event-stream")
         return await reply.whole(mailbox, request)
 
-    def render(self, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant speaks. Raises ApiError 400 where the template refuses it."""
+    def text(self, messages: list[Message]) -> str:
+        """A conversation as the model reads it, up to where the assistant speaks. Raises ApiError 400 where the template refuses it."""
         try:
-            text = self.tokenizer.apply_chat_template(self.traits.adapt(messages), tokenize=False, add_generation_prompt=True)
+            return str(self.tokenizer.apply_chat_template(self.traits.adapt(messages), tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is a program, and may refuse by any exception
             raise ApiError(400, f"the model's chat template refuses this conversation: {error}", param="messages") from error
-        return self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
 
-    async def _submit(self, job: Job) -> None:
-        """Submit it with all that arrives within `GATHER`: their prompts are read together, and no answer is held up for each of them."""
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    async def _submit(self, arrived: _Arrived) -> Job:
+        """Submit it with all that arrives within `GATHER`: the texts become tokens together, the prompts are read together, and no answer
+        is held up for each of them."""
         loop = asyncio.get_running_loop()
-        taken = loop.create_future()
+        arrived.taken = loop.create_future()
         if not self.arrived:
             loop.call_later(GATHER, self._submit_all)
-        self.arrived.append((job, taken))
-        await taken
+        self.arrived.append(arrived)
+        return await arrived.taken
 
     def _submit_all(self) -> None:
-        arrived, self.arrived = [(job, taken) for job, taken in self.arrived if not taken.cancelled()], []
-        for (_, taken), refused in zip(arrived, self.engine.submit(*(job for job, _ in arrived))):
+        arrived, self.arrived = [one for one in self.arrived if not one.taken.cancelled()], []
+        try:
+            self._tell_all(arrived)
+        except Exception as error:  # whatever it is, nobody waits for ever
+            for one in arrived:
+                if not one.taken.done():
+                    one.taken.set_exception(error)
+
+    def _tell_all(self, arrived: list[_Arrived]) -> None:
+        short = [one for one in arrived if one.prompt is None]
+        for one, prompt in zip(short, self.ids([one.text for one in short])):
+            one.prompt = prompt
+        jobs: list[tuple[_Arrived, Job]] = []
+        for one in arrived:
+            try:
+                jobs.append((one, self._job(one)))
+            except Exception as error:
+                one.taken.set_exception(error)
+        for (one, job), refused in zip(jobs, self.engine.submit(*(job for _, job in jobs))):
             if refused:
-                taken.set_exception(refused)
+                one.taken.set_exception(refused)
             else:
-                taken.set_result(None)
+                one.taken.set_result(job)
+
+    def _job(self, arrived: _Arrived) -> Job:
+        chat, prompt = arrived.chat, arrived.prompt
+        assert prompt is not None
+        sampling = chat.sampling(self._room(len(prompt), chat.max_new_tokens))
+        return Job(self.engine.rows(prompt, chat.n, sampling), arrived.mailbox.deliver)
 
     def _post(self) -> _Post:
         loop = asyncio.get_running_loop()
@@ -108,6 +136,17 @@ class Chat:
         return wanted or min(self.config.max_new_tokens, window - prompt)
 
 
+@dataclass
+class _Arrived:
+    """A request on its way to the engine."""
+
+    chat: ChatRequest
+    mailbox: _Mailbox
+    text: str  # of its conversation
+    prompt: list[int] | None  # the tokens of the text; None: not yet
+    taken: asyncio.Future[Job] = field(init=False)
+
+
 class _EventStream(StreamingResponse):
     """A stream whose content itself watches for the client to leave: whether Starlette does depends on what the server says of itself."""
 
@@ -121,25 +160,33 @@ class _EventStream(StreamingResponse):
 
 
 class _Post:
-    """From the engine's thread to the event loop: what one step has for many requests goes in one delivery, as waking the loop is dear."""
+    """From other threads to the event loop: what one step, or one commit, has for many requests goes in one delivery, as waking the loop
+    is dear."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._sent: deque[tuple[asyncio.Queue[Events], Events]] = deque()
+        self._sent: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._called = False
 
-    def send(self, queue: asyncio.Queue[Events], events: Events) -> None:
-        self._sent.append((queue, events))
+    def send(self, receiver: Callable[[Any], None], content: Any) -> None:
+        """Let the loop call `receiver(content)`, after what was sent before."""
+        self._sent.append((receiver, content))
         if not self._called:
             self._called = True
             with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
                 self.loop.call_soon_threadsafe(self._deliver)
 
+    async def result(self, future: Future[None]) -> None:
+        """Wait for a future of another thread."""
+        done = self.loop.create_future()
+        future.add_done_callback(lambda future: self.send(lambda ended: None if done.done() else done.set_result(ended), future))
+        (await done).result()
+
     def _deliver(self) -> None:
         self._called = False  # before the rest, so that what is sent from now on is delivered, too
         while self._sent:
-            queue, events = self._sent.popleft()
-            queue.put_nowait(events)
+            receiver, content = self._sent.popleft()
+            receiver(content)
 
 
 class _Mailbox:
@@ -153,13 +200,29 @@ class _Mailbox:
         if self.whole and not isinstance(events, Exception):
             events = [piece for piece in events if piece.finished]
         if events:
-            self.post.send(self.queue, events)
+            self.post.send(self.queue.put_nowait, events)
 
     async def pieces(self) -> list[Piece]:
+        """Raises what the engine reports, and ClientGoneError inside of `watching`."""
         events = await self.queue.get()
         if isinstance(events, Exception):
             raise events
         return events
+
+    @contextmanager
+    def watching(self, request: Request) -> Iterator[None]:
+        """Hear of it inside when the client leaves."""
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.queue.put_nowait(ClientGoneError())
+
+        watcher = asyncio.ensure_future(watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()
 
 
 class _Reply:
@@ -167,20 +230,19 @@ class _Reply:
 
     def __init__(self, chat: Chat, asked: ChatRequest, job: Job, caller: Caller) -> None:
         self.store, self.config, self.tokenizer, self.asked, self.job = chat.store, chat.config, chat.tokenizer, asked, job
+        self.post = chat._post()
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = time.time()
         self.user = chat.store.user_key(caller.key, asked.user)
 
     async def whole(self, mailbox: _Mailbox, request: Request) -> Response:
         """All answers at once."""
-        gone = asyncio.ensure_future(_disconnected(request))
         left = len(self.job.rows)
         try:
-            while left:
-                pieces = await _unless(gone, mailbox.pieces)
-                left -= sum(piece.finished for piece in pieces)
+            with mailbox.watching(request):
+                while left:
+                    left -= sum(piece.finished for piece in await mailbox.pieces())
         finally:
-            gone.cancel()
             self.job.cancel()
         began = time.perf_counter()
         await self._store(self.job.rows)
@@ -204,21 +266,21 @@ class _Reply:
         """Server-sent events, a chunk per step and answer; an error after the first one becomes an event, too."""
         sent = [0] * len(self.job.rows)  # tokens of each answer that the client has heard of
         left = len(sent)
-        gone = asyncio.ensure_future(_disconnected(request))
         try:
-            while left:
-                for piece in await _unless(gone, mailbox.pieces):
-                    row = piece.row
-                    if not sent[row.index]:
-                        yield self._chunk(row, {"role": "assistant", "content": ""})
-                    shown = self._logprobs(row, sent[row.index], piece.count)
-                    sent[row.index] = piece.count
-                    if piece.text or shown:
-                        yield self._chunk(row, {"content": piece.text}, logprobs=shown)
-                    if piece.finished:
-                        left -= 1
-                        await self._store([row])
-                        yield self._chunk(row, {}, finish=row.finish_reason)
+            with mailbox.watching(request):
+                while left:
+                    for piece in await mailbox.pieces():
+                        row = piece.row
+                        if not sent[row.index]:
+                            yield self._chunk(row, {"role": "assistant", "content": ""})
+                        shown = self._logprobs(row, sent[row.index], piece.count)
+                        sent[row.index] = piece.count
+                        if piece.text or shown:
+                            yield self._chunk(row, {"content": piece.text}, logprobs=shown)
+                        if piece.finished:
+                            left -= 1
+                            await self._store([row])
+                            yield self._chunk(row, {}, finish=row.finish_reason)
             if self.asked.include_usage:
                 yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
@@ -230,7 +292,6 @@ class _Reply:
                 log.error("unexpected %s: %s", type(error).__name__, error, exc_info=error)
             yield _event(known.body)
         finally:
-            gone.cancel()
             self.job.cancel()
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -278,10 +339,11 @@ class _Reply:
                 created=self.created,
                 finish_reason=row.finish_reason or "length",
                 sampling={"temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed, "index": row.index},
+                stopped=row.stream.stopped,
             )
             for row in rows
         ]
-        await asyncio.wrap_future(self.store.add_answers_later(answers))
+        await self.post.result(self.store.add_answers_later(answers))
         if self.config.log_prompts:
             for answer in answers:
                 log.info("answer %s: %s", answer.id, json.dumps(answer.text, ensure_ascii=False))
@@ -289,20 +351,3 @@ class _Reply:
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _unless(gone: asyncio.Future[None], wait: Callable[[], Any]) -> list[Piece]:
-    """What `wait()` gives. Raises ClientGoneError when the client leaves before."""
-    waiting = asyncio.ensure_future(wait())
-    try:
-        await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            raise ClientGoneError
-        return waiting.result()
-    finally:
-        waiting.cancel()

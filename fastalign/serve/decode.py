@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -57,8 +58,10 @@ class Row:
     finish_reason: Literal["stop", "length"] | None = None
     cancelled: bool = False  # set from outside: nobody waits for it any longer
 
-    def __post_init__(self) -> None:
-        self.random = np.random.default_rng([self.sampling.seed, self.index])
+    @cached_property
+    def random(self) -> np.random.Generator:
+        """Its own random numbers."""
+        return np.random.default_rng([self.sampling.seed, self.index])
 
     def add(self, token: int, logp: float, eos: frozenset[int]) -> str:
         """Take the next token; returns the text that can be shown now."""

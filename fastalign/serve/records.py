@@ -50,6 +50,7 @@ class Answer:
     created: float
     finish_reason: Literal["stop", "length"]
     sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, seed and index among the answers of the response
+    stopped: bool = False  # one of the request's stop texts ended it, so that the model did not end there
 
 
 @dataclass(frozen=True)

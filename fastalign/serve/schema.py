@@ -59,4 +59,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             detail TEXT NOT NULL,
             created REAL NOT NULL)""",
     ),
+    # 1: the answer goes on, and a stop text of the request's ended it. What was stored before is taken for whole.
+    ("ALTER TABLE answers ADD COLUMN stopped INTEGER NOT NULL DEFAULT 0 CHECK (stopped IN (0, 1))",),
 )

@@ -156,13 +156,13 @@ class Store:
             (
                 a.id, a.response, json.dumps(a.messages, ensure_ascii=False), np.array(a.prompt_ids, "<u4").tobytes(), a.text,
                 np.array(a.tokens, "<u4").tobytes(), np.array(a.logps, "<f4").tobytes(), a.version, a.user, a.created, a.finish_reason,
-                _to_json(a.sampling),
+                _to_json(a.sampling), a.stopped,
             )
             for a in answers
         ]  # fmt: skip
 
         def work(connection: sqlite3.Connection) -> None:
-            connection.executemany(f"INSERT INTO answers VALUES ({', '.join('?' * 12)})", rows)
+            connection.executemany(f"INSERT INTO answers VALUES ({', '.join('?' * 13)})", rows)
 
         return self.database.write(work)
 
@@ -366,7 +366,8 @@ def _as_answer(row: sqlite3.Row) -> Answer:
     prompt, tokens = (tuple(np.frombuffer(row[name], "<u4").tolist()) for name in ("prompt_ids", "tokens"))
     logps = tuple(np.frombuffer(row["logps"], "<f4").tolist())
     messages, sampling = json.loads(row["messages"]), json.loads(row["sampling"])
-    return Answer(**fields, messages=messages, prompt_ids=prompt, tokens=tokens, logps=logps, sampling=sampling)
+    found: dict[str, Any] = {"messages": messages, "prompt_ids": prompt, "tokens": tokens, "logps": logps, "sampling": sampling}
+    return Answer(**fields, **found, stopped=bool(row["stopped"]))
 
 
 def _as_feedback(row: sqlite3.Row) -> Feedback:

@@ -52,6 +52,18 @@ class SharedModel(SharedHost):
             self.turns.pause()
             self._draw_on()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        if not self.turns.trains:
+            yield
+            return
+        self._leave()
+        try:
+            with self.turns.aside():
+                yield
+        finally:
+            self._draw_on()
+
     def stop(self, reason: str) -> None:
         """End the run in progress after its step, with a checkpoint to continue from; called by any thread."""
         self.stopping = reason

@@ -89,6 +89,18 @@ class Turns:
             self._end()
             self._begin()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside of `training`, around what computes nothing: the turn ends, and another one begins after it. Elsewhere nothing happens."""
+        if not self.trains:
+            yield
+            return
+        self._end()
+        try:
+            yield
+        finally:
+            self._begin()
+
     def _begin(self) -> None:
         with self._changed:
             try:

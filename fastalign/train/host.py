@@ -40,6 +40,10 @@ class Host:
     def pause(self) -> None:
         """Called inside of a turn between two micro-batches, or two tokens that are generated: others may go first."""
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Around what waits inside of a turn, such as for a judge: others may go meanwhile."""
+        return nullcontext()
+
 
 class SharedHost(Host):
     """A process with a base model in memory, on which a run trains an adapter without a second copy of its weights.

@@ -73,7 +73,7 @@ def train(config: RunConfig, *, callbacks: Sequence[Callback] = (), on: Host = A
     first batch has passed the self-check nothing is written.
     """
     config.validate()
-    with pausing(on.pause), joined(config.model.device) as ranks, _claimed(config, ranks) as folder:
+    with pausing(on.pause, on.aside), joined(config.model.device) as ranks, _claimed(config, ranks) as folder:
         with ranks.together():
             run = _Run(on.admit(config, ranks), folder, callbacks, ranks, on)
         return run.run()

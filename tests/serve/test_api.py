@@ -142,9 +142,9 @@ def test_what_the_engine_says_arrives_in_order_and_whole(monkeypatch):
         monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: (calls.append(1), call(*args)))
         post, queues = _Post(loop), [asyncio.Queue() for _ in range(4)]
         for i in range(50):
-            post.send(queues[0], [i])
+            post.send(queues[0].put_nowait, [i])
         assert len(calls) == 1  # the loop has not run since
-        threads = [threading.Thread(target=lambda q=q: [post.send(q, [i]) for i in range(50, 2000)]) for q in queues]
+        threads = [threading.Thread(target=lambda q=q: [post.send(q.put_nowait, [i]) for i in range(50, 2000)]) for q in queues]
         for thread in threads:
             thread.start()
         heard = [[(await asyncio.wait_for(q.get(), 20))[0] for _ in range(2000 - (q is not queues[0]) * 50)] for q in queues]
@@ -156,7 +156,7 @@ def test_what_the_engine_says_arrives_in_order_and_whole(monkeypatch):
     assert asyncio.run(run()) < 7850
 
 
-def test_an_answer_ends_before_a_stop_text_and_at_the_limit(client: openai.OpenAI):
+def test_an_answer_ends_before_a_stop_text_and_at_the_limit(client: openai.OpenAI, running: Running):
     free = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=24, temperature=0).choices[0].message.content
     stop = free[5:7]
     for stream in (False, True):
@@ -169,6 +169,8 @@ def test_an_answer_ends_before_a_stop_text_and_at_the_limit(client: openai.OpenA
         else:
             text, reason = asked.choices[0].message.content, asked.choices[0].finish_reason
         assert (text, reason) == (free[: free.index(stop)], "stop")
+        kept = list(running.store.answers())[-1]
+        assert (kept.text, kept.finish_reason, kept.stopped) == (text, "stop", True)  # nothing that the model itself ended
 
 
 def test_feedback_of_every_kind_is_kept_and_the_last_one_counts(http: httpx.Client, running: Running):

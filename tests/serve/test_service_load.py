@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,9 +18,9 @@ from service import Running, bare_answer, config_for, save_models
 from transformers import AutoTokenizer
 
 from bench.serve_client import Connection, post
+from fastalign.serve.process import ServiceProcess
 from fastalign.serve.store import Store
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [[{"role": "user", "content": text}] for text in ("hello", "a longer question about the river", "stone")]
 TOKENS = 8
 
@@ -132,39 +130,30 @@ def test_two_hundred_clients_for_five_minutes(models: Path, tmp_path: Path):
     """
     data = tmp_path / "feedback.db"
     expected = expected_answers(models, AutoTokenizer.from_pretrained(models / "base"))
-    process, url = start(models, data, "--max_rows", "64", "--max_waiting", "400")
-    try:
-        with Store(data) as store:
-            for name in ("one", "two"):
-                store.add_version(name, models / name)
-            done = asyncio.run(clients_and_swaps(url, store, expected, clients=200, rounds=1, seconds=300, swaps=50, pause=2.0))
-    finally:
-        process.terminate()
-        process.wait(60)
+    with start(models, data, "--max_rows", "64", "--max_waiting", "400") as service, Store(data) as store:
+        for name in ("one", "two"):
+            store.add_version(name, models / name)
+        done = asyncio.run(clients_and_swaps(service.url, store, expected, clients=200, rounds=1, seconds=300, swaps=50, pause=2.0))
     print(done)
     assert done["answered"] > 1000
 
 
-def start(models: Path, data: Path, *more: str) -> tuple[subprocess.Popen, str]:
-    """The command itself, in a process of its own, and where it answers."""
-    command = [sys.executable, "-m", "fastalign", "serve", "--model", str(models / "base"), "--data", str(data), "--name", "tiny", "--open"]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    options = ["--port", "0", "--rate", "1000000", "--concurrent", "1000", *more]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
-    for line in process.stderr:
-        if found := re.search(r"answers at (http://\S+)", line):
-            break
-    else:
-        raise AssertionError(f"the service ended with {process.wait()}")
-    threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()  # a full pipe would stop it
-    deadline = time.time() + 30
-    while time.time() < deadline:
-        try:
-            assert httpx.get(f"{found[1]}/healthz").status_code == 200
-            return process, found[1]
-        except httpx.TransportError:
-            time.sleep(0.05)
-    raise AssertionError("the service does not answer")
+def start(models: Path, data: Path, *more: str) -> ServiceProcess:
+    """The command itself, in a process of its own."""
+    options = ["--model", str(models / "base"), "--data", str(data), "--name", "tiny", "--open", "--port", "0"]
+    limits = ["--rate", "1000000", "--concurrent", "1000", *more]
+    return ServiceProcess([*options, *limits], {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
+
+
+@contextmanager
+def told_why(service: ServiceProcess) -> Iterator[None]:
+    """Where a request is not answered in time, what all threads of the service do, as its fault handler writes it down."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        service.process.send_signal(signal.SIGABRT)
+        service.wait()
+        raise AssertionError(f"not answered in time ({error}); the service was at\n{''.join(service.told)}") from error
 
 
 class Killed:
@@ -181,9 +170,10 @@ class Killed:
         rng = random.Random(seed)
         self.judged.clear()
         self.changed.clear()
-        process, url = start(self.models, self.data)
+        service = start(self.models, self.data)
+        url = service.url
         try:
-            with Store(self.data) as store, httpx.Client(base_url=url, timeout=60) as http:
+            with Store(self.data) as store, told_why(service), httpx.Client(base_url=url, timeout=60) as http:
                 known = [version.name for version in store.versions()]
                 for name in {"one", "two"} - set(known):
                     store.add_version(name, self.models / name)
@@ -209,8 +199,8 @@ class Killed:
                 assert self.changing.wait(30)
                 time.sleep(rng.uniform(0.0, 0.03))
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            service.process.send_signal(signal.SIGKILL)
+            service.wait()
         for thread in threads:
             thread.join()
         self._check(live, before, answers)
@@ -268,14 +258,14 @@ def test_killed_again_and_again(models: Path, tmp_path: Path):
 
 
 def test_sigterm_ends_the_command_after_the_answers_that_it_gives(models: Path, tmp_path: Path):
-    process, url = start(models, tmp_path / "feedback.db")
+    service = start(models, tmp_path / "feedback.db")
     body = {"model": "tiny", "messages": PROMPTS[0], "max_tokens": 300, "temperature": 2, "stream": True, "seed": 3}
-    with httpx.Client(timeout=60) as http, http.stream("POST", f"{url}/v1/chat/completions", json=body) as stream:
+    with httpx.Client(timeout=60) as http, http.stream("POST", f"{service.url}/v1/chat/completions", json=body) as stream:
         lines = stream.iter_lines()
         first = next(lines)
-        process.send_signal(signal.SIGTERM)
+        service.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
     assert "assistant" in first and rest[-1] == "data: [DONE]"
-    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert service.wait(30) in (0, -signal.SIGTERM)
     with Store(tmp_path / "feedback.db") as store:
         assert len(list(store.answers())) == 1

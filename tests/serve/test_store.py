@@ -36,7 +36,10 @@ def answer(name: str = "a", **changes) -> Answer:
 
 
 def test_what_is_stored_comes_back_also_in_another_process_s_connection(store: Store, tmp_path: Path):
-    stored = [answer(), answer("b", finish_reason="length", text="'\"\x00\U0001f600", messages=[{"role": "user", "content": NASTY[0]}])]
+    stored = [
+        answer(),
+        answer("b", finish_reason="length", stopped=True, text="'\"\x00\U0001f600", messages=[{"role": "user", "content": NASTY[0]}]),
+    ]
     store.add_answers(stored)
     kept = [
         store.add_feedback(Feedback("a", "thumb", True, "u", reason="because")),
@@ -321,11 +324,35 @@ def test_an_older_schema_is_brought_up_to_date_and_a_newer_one_refused(tmp_path:
     monkeypatch.setattr(database, "MIGRATIONS", newer)
     file = database.Database(path)  # the step that failed left nothing behind
     assert [dict(row)["note"] for row in file.read(lambda c: c.execute("SELECT * FROM versions").fetchall())] == ["old"]
-    assert [row[0] for row in file.read(lambda c: c.execute("SELECT version FROM migrations").fetchall())] == [1, 2]
+    done = len(schema.MIGRATIONS)
+    assert [row[0] for row in file.read(lambda c: c.execute("SELECT version FROM migrations").fetchall())] == [*range(1, done + 2)]
     file.close()
     monkeypatch.undo()
-    with pytest.raises(StoreError, match=r"written by a newer fastalign \(schema 2, this one knows 1\)"):
+    with pytest.raises(StoreError, match=rf"written by a newer fastalign \(schema {done + 1}, this one knows {done}\)"):
         Store(path)
+
+
+def test_what_an_older_fastalign_stored_is_read_as_it_was_meant(tmp_path: Path, monkeypatch):
+    """A database of the first schema, with an answer, feedback and a token in it."""
+    path = tmp_path / "feedback.db"
+    monkeypatch.setattr(database, "MIGRATIONS", schema.MIGRATIONS[:1])
+    first = database.Database(path)
+    rows = {
+        "versions": ("base", "x", None, None, 1.0, 1.0, "live", "{}"),
+        "answers": ("a", "r", '[{"role": "user", "content": "q"}]', b"", "text", b"", b"", "base", "u", 1.0, "stop", "{}"),
+        "feedback": (1, "thumb", "a", "a", "true", None, "u", 1.0),
+        "tokens": ("t", b"", "user", "note", 1.0, None),
+    }
+    for table, row in rows.items():
+        first.write(lambda c, table=table, row=row: c.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)).result()
+    first.close()
+    monkeypatch.undo()
+    with Store(path) as store:
+        assert store.answer("a").finish_reason == "stop" and store.answer("a").stopped is False
+        assert [(f.answer, f.value, f.user) for f in store.feedback()] == [("a", True, "u")]
+        assert [token.note for token in store.tokens()] == ["note"]
+        store.add_answers([answer("b", stopped=True)])
+        assert [one.stopped for one in store.answers()] == [False, True]
 
 
 def test_a_closed_store_says_so(tmp_path: Path):

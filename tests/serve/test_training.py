@@ -16,8 +16,8 @@ from service import bare_answer, save_models
 from tiny import preference_rows
 from transformers import AutoModelForCausalLM
 
-from fastalign import KTOConfig, train
-from fastalign.data.config import UnpairedDataConfig
+from fastalign import GRPOConfig, KTOConfig, train
+from fastalign.data.config import PromptDataConfig, UnpairedDataConfig
 from fastalign.errors import ConfigError
 from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.rollout.generate import generate
@@ -134,6 +134,39 @@ def test_a_service_that_is_asked_all_the_time_learns_what_a_run_alone_learns(
         assert (tmp_path / "beside" / "final" / file).read_bytes() == (alone / "final" / file).read_bytes()
     engine.swap("new", str(tmp_path / "beside" / "final"), lambda: None)
     assert engine.models.adapters() and engine.models.current.version == "new"
+
+
+def test_answers_go_on_while_a_reward_is_waited_for_and_what_is_learned_stays(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    """A reward function that waits for answers, which training that kept its turn would never let come; with dropout."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in QUESTIONS))
+    client: list[Client] = []
+    waits = []
+
+    def patient(completions: list[str], **_: Any) -> list[float]:
+        before = len(client[0].heard) if client else 0
+        while client and len(client[0].heard) < before + 2:
+            time.sleep(0.001)
+        waits.append(bool(client))
+        return [float(len(text) % 7) for text in completions]
+
+    def run(output: str, **on: Any) -> bytes:
+        base: dict[str, Any] = {
+            "model": ModelConfig(str(folder / "base")), "data": PromptDataConfig(path=str(data)), "lora": LoraConfig(r=4, dropout=0.1),
+            "output": str(tmp_path / output), "batch_size": 2, "num_generations": 4, "max_completion_length": 8, "max_steps": 3,
+            "learning_rate": 1e-2, "rewards": ["rewards.py:patient"],
+        }  # fmt: skip
+        train(GRPOConfig(**base), **on)
+        return (tmp_path / output / "final" / "adapter_model.safetensors").read_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastalign.rollout.rewards.load_callable", lambda *_: patient)
+        alone = run("alone")
+        client.append(Client(engine))
+        engine.models.turns.patience = 0.02
+        assert run("beside", on=SharedModel(engine.models)) == alone
+    client[0].end()
+    assert waits == [False] * 3 + [True] * 3
 
 
 def test_the_service_is_the_same_before_and_after(engine: Engine, folder: Path, tmp_path: Path) -> None:

@@ -59,6 +59,31 @@ def test_a_request_waits_for_the_turn_in_progress_and_for_no_other_one():
     assert asked_during_training(turns, nested) == ["train", "answer", "train", "train again"]
 
 
+def test_training_that_waits_for_somebody_else_has_no_turn():
+    """Answers come as they like, and an error of what was waited for is told inside of a turn, which ends as others do."""
+    turns, seen = Turns(patience=60), []
+
+    def request() -> None:
+        with turns.serving():
+            seen.append("answer")
+
+    def failing() -> None:
+        with turns.training(), turns.training(), turns.aside():
+            assert not turns.trains
+            for _ in range(3):
+                started(request).join(20)
+            with turns.training():  # what is waited for may itself run a model
+                assert turns.trains
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        failing()
+    assert seen == ["answer"] * 3 and turns._trainer is None
+    with turns.aside():  # where nobody trains nothing happens
+        started(request).join(20)
+    assert asked_during_training(turns, lambda: None) == ["train", "train", "answer", "train again"]
+
+
 @pytest.mark.parametrize(("patience", "expected"), [(60, "AAAAAATTT"), (0, "ATATATAAA")])
 def test_requests_go_first_unless_training_has_waited_long_enough(patience: float, expected: str):
     """Six turns of the service, one right after the other, and three of training, which asks during the first of those."""

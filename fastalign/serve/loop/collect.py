@@ -95,8 +95,8 @@ def collect(store: Store, config: CollectConfig, folder: Path, *, after: int, up
     `heldout.jsonl`, the same of the held-out conversations; `heldout_pairs.jsonl` and `heldout_labels.jsonl`, all that people said of
     these in both forms; `prompts.jsonl`, the held-out conversations. Rows have a `weight` where `per_user` made them unequal.
 
-    Answers that were cut off at their length limit are left out: a row ends with EOS, where they did not end. An edit of one is a good
-    answer. The same judgement of several users is one row; where users contradict each other, the majority counts.
+    Answers that were cut off at their length limit or at a stop text are left out: a row ends with EOS, where they did not end. An edit
+    of one is a good answer. The same judgement of several users is one row; where users contradict each other, the majority counts.
 
     Memory grows with the feedback, not with the answers. Raises OutputError when the disk refuses.
     """
@@ -208,6 +208,8 @@ def _unusable(answer: Answer) -> str | None:
     """Why an answer teaches nothing."""
     if answer.finish_reason == "length":
         return "an answer cut off at its length limit"
+    if answer.stopped:
+        return "an answer cut off at a stop text"
     return None if answer.text.strip() else "an empty answer"
 
 

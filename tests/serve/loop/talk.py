@@ -31,9 +31,9 @@ class Talk:
             one.result()
 
 
-def made(id: str, question: str | Sequence[str], text: str, *, version: str = "base", finish_reason: str = "stop") -> Answer:
+def made(id: str, question: str | Sequence[str], text: str, *, version: str = "base", finish_reason: str = "stop", **more: Any) -> Answer:
     """An answer to a question, or to a conversation whose turns are by user and assistant."""
     turns = [question] if isinstance(question, str) else list(question)
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     prompt = tuple("\0".join(turns).encode()) or (0,)
-    return Answer(id, f"r{id}", messages, prompt, text, (1,), (-1.0,), version, "asker", 1.0, finish_reason)  # type: ignore[arg-type]
+    return Answer(id, f"r{id}", messages, prompt, text, (1,), (-1.0,), version, "asker", 1.0, finish_reason, **more)  # type: ignore[arg-type]

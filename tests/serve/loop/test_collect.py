@@ -136,15 +136,16 @@ def test_equal_ratings_are_average_however_they_round(talk: Talk, tmp_path: Path
     assert not run(talk, tmp_path / "out").rows
 
 
-def test_answers_that_were_cut_off_teach_nothing_but_their_edit_does(talk: Talk, tmp_path: Path):
-    talk.answers(made("a", "q", "the rest is", finish_reason="length"), made("b", "q", "B"), made("c", "r", " \n"))
+@pytest.mark.parametrize(("how", "where"), [({"finish_reason": "length"}, "its length limit"), ({"stopped": True}, "a stop text")])
+def test_answers_that_were_cut_off_teach_nothing_but_their_edit_does(talk: Talk, tmp_path: Path, how: dict, where: str):
+    talk.answers(made("a", "q", "the rest is", **how), made("b", "q", "B"), made("c", "r", " \n"))
     talk.said(
         ("u", "thumb", "a", True), ("v", "choice", "a", ("b",)), ("w", "choice", "b", ("a",)), ("u", "edit", "a", "the rest is silence")
     )
     talk.said(("u", "thumb", "c", True))
     found = run(talk, tmp_path / "out")
     assert rows(tmp_path / "out/train.jsonl") == [("q", "the rest is silence", True)]
-    cut = "dropped/an answer cut off at its length limit"
+    cut = f"dropped/an answer cut off at {where}"
     assert [found.counts.get(f"{cut}{end}") for end in ("", ", in a choice", ", before its edit")] == [2, 1, 1]
     assert found.counts["dropped/an empty answer"] == 1
 
