@@ -1,11 +1,14 @@
 """Another commit beside this working tree: `python -m bench dpo --base REF` trains with both in turns, each run in a fresh process.
 
+`python -m bench head --base REF` does the same with the head (bench/head_base.py).
+
 The benchmark is this working tree's, the `fastalign` that it imports is that of REF, from a git worktree of its own.
 """
 
 from __future__ import annotations
 
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,16 +31,37 @@ def side_of(side: str, ref: str) -> str:
 def checkout(ref: str, folder: Path) -> Iterator[Path]:
     """A folder that holds the package `fastalign` of `ref` and nothing else, for PYTHONPATH; its native library is built if it differs."""
     tree, package = folder / "base-tree", folder / "base-package"
-    done = subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), ref], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"bench: --base {ref}: {done.stderr.strip()}")
     try:
-        _native(ref, tree)
-        package.mkdir()
-        (package / "fastalign").symlink_to(tree / "fastalign", target_is_directory=True)
-        yield package
+        with _ended_by_sigterm():
+            done = _git("worktree", "add", "--detach", str(tree), ref)
+            if done.returncode:
+                raise SystemExit(f"bench: --base {ref}: {done.stderr.strip()}")
+            _native(ref, tree)
+            package.mkdir()
+            (package / "fastalign").symlink_to(tree / "fastalign", target_is_directory=True)
+            yield package
     finally:
-        subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], capture_output=True, check=False)
+        _git("worktree", "remove", "--force", "--force", str(tree))  # twice: one that was being made is locked
+        shutil.rmtree(tree, ignore_errors=True)
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    """Git in the repository; a Ctrl-C at the terminal is not for it."""
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, start_new_session=True)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is inside by SystemExit, so that it is cleaned up after."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_import(package: Path, environment: dict[str, str], place: Path) -> None:

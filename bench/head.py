@@ -2,7 +2,8 @@
 
 A block is one task at one shape and dtype. Every side of it must first agree with float64 on log-probs, loss and gradients;
 no speed is printed for a wrong answer. Then the sides and the three bare GEMMs take turns in this process; medians over the
-rounds. The files are rewritten after every block. Under --limit the least important blocks are left out, and named.
+rounds. The files are rewritten after every block. Under --limit the least important blocks are left out, and named. With --base the
+sides of fastalign are compared with those of another commit instead (bench/head_base.py), and base_head_MACHINE.csv is written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import head_page, table
+from bench import head_base, head_page, table
 from bench.head_problem import Problem
 from bench.head_rows import Row
 from bench.head_sides import LOSSES, REFERENCED, TASKS, Absent, Outcome, Run, Side, gold_loss, sides_of
@@ -62,6 +63,11 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     stem = options.output / f"head_{head_page.machine_kind(device)}"
     file, page = stem.with_suffix(".csv"), stem.with_suffix(".md")
+    if options.base:
+        about = {"command": command("head", argv)}
+        compared = [replace(row, **about) for row in head_base.measure(options, turns=1 if options.quick else head_base.TURNS)]
+        head_base.report(compared, options, stem)
+        return 0
     rows = {row.key: row for row in table.read(file, Row)} if options.append and file.exists() else {}
     about = describe(head_page.PACKAGES, device) | {"command": command("head", argv)}
 
@@ -94,7 +100,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no block and no side later than this")
     parser.add_argument("--append", action="store_true", help="keep the rows of an earlier run that this one does not measure")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder of the two files")
+    parser.add_argument("--base", metavar="REF", help="compare fastalign with that of this commit, in processes that take turns")
     options = parser.parse_args(argv)
+    if options.base and (options.append or options.limit is not None):
+        parser.error("--base: goes with neither --append nor --limit")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; use --device cpu")
     cuda = options.device == "cuda"
