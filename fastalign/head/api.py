@@ -60,6 +60,8 @@ def linear_logps(
     incoming gradient is 0 reach a gradient GEMM (on CUDA: those that `active` names).
     Log-probs are float32 whatever the input dtype (float64 for float64). Results are bitwise reproducible.
 
+    Gradients are of first order: create_graph=True raises RuntimeError (impl "reference" has higher ones).
+
     Raises ValueError when shapes, dtypes or devices do not fit, or, on a CPU, a target is outside the vocabulary (on CUDA
     such a row's log-prob is NaN), or impl "triton" or "native" is asked of float64 or of another device; DependencyError
     where Triton or the native library is absent.

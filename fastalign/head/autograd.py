@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,26 @@ from fastalign.types import HeadOutput
 
 LossFn = Callable[[HeadOutput, slice], Tensor]
 OperandGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # hidden, weight, bias, u, B
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that has no derivative itself, and says so to whoever asks for one.
+
+    torch's once_differentiable refuses only where the incoming gradient requires one; after a plain `sum()` it does not, and a
+    gradient penalty would silently be left out of the gradient.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def refusing(ctx: Any, *upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():  # autograd enables it in a backward for create_graph=True alone
+            raise RuntimeError(
+                "the gradient of the head has no gradient of its own, which create_graph=True asks for; use impl='reference', which keeps "
+                "the logits, or leave create_graph out"
+            )
+        return once(ctx, *upstream)
+
+    return refusing
 
 
 class LinearLogps(torch.autograd.Function):
@@ -44,7 +65,7 @@ class LinearLogps(torch.autograd.Function):
         return found.clone() if live is None else spread(found.T, live, call.target.shape[0]).T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_stats: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, u, b, found, kept, kept_u = ctx.saved_tensors
         operands = ctx.call.operands(hidden, weight, bias, u, b)
@@ -83,7 +104,7 @@ class LinearLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         on_host = d_loss.device.type == "cpu"
         if ctx.added:  # d_weight holds the gradient of this loss already

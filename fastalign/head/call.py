@@ -62,6 +62,8 @@ class Call:
                 raise ValueError(
                     f"temperature must be a number or have the shape of target {tuple(target.shape)}, got {tuple(temperature.shape)}"
                 )
+            if temperature.requires_grad and torch.is_grad_enabled():
+                raise ValueError("temperature gets no gradient, but requires one: detach it")
             temperature = temperature.detach().to(hidden.device).expand(target.shape).reshape(-1)
         elif not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")

@@ -12,6 +12,7 @@ from fastalign.head.autograd import (
     LinearLoss,
     OperandGrads,
     compact_rows_,
+    first_order,
     full_size,
     gradient_rows,
     no_autocast,
@@ -53,7 +54,7 @@ class LinearDivergence(torch.autograd.Function):
         return scores.clone() if live is None else spread(scores.T, live, call.student.target.shape[0]).T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, scores, kept, kept_u = ctx.saved_tensors
         call, plan, live, needs = ctx.call, ctx.plan, ctx.live, ctx.needs_input_grad[:5]

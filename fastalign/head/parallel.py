@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign.head import function
-from fastalign.head.autograd import OperandGrads, full_size, gradient_rows, no_autocast, spread
+from fastalign.head.autograd import OperandGrads, first_order, full_size, gradient_rows, no_autocast, spread
 from fastalign.head.call import Call, Temperature
 from fastalign.head.function import DIFFERENTIABLE, FIELDS, Gradients, Operands
 from fastalign.head.plan import Plan
@@ -101,7 +101,7 @@ class _ParallelLogps(torch.autograd.Function):
         return found.clone() if live is None else spread(found.T, live, call.target.shape[0]).T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_stats: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, u, b, found = ctx.saved_tensors
         call: Call = ctx.call

@@ -20,6 +20,7 @@ from fastalign.head import function
 from fastalign.head.autograd import (
     LossFn,
     compact_rows_,
+    first_order,
     full_size,
     gradient_rows,
     group_bounds,
@@ -194,7 +195,7 @@ class _ParallelLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if d_loss.device.type != "cpu":
             torch._assert_async(d_loss == 1)

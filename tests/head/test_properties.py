@@ -288,3 +288,41 @@ def test_errors_of_the_loss():
             fastalign.linear_loss(problem.hidden, problem.weight, problem.target, loss_fn)
     with pytest.raises(ValueError, match="groups must rise from 0 to the number of rows 37"):
         fastalign.linear_loss(problem.hidden, problem.weight, problem.target, problem.loss, groups=[0, 36])
+
+
+@pytest.mark.parametrize("how", ["keep", "recompute", "frozen", "slab", "divergence", "divergence of slabs"])
+def test_a_second_derivative_is_refused_not_left_out(how):
+    problem = make(n=9, frozen=how == "frozen")
+    operands = (problem.hidden, problem.weight, problem.target)
+    if how == "slab":
+        loss = linear_loss(*operands, lambda out, rows: -out.logps.sum())
+    elif how.startswith("divergence"):
+        pair = (problem.hidden, problem.weight, problem.hidden.detach().flip(0), problem.weight.detach())
+        kept = {"mask": problem.target != -100}
+        if how == "divergence":
+            loss = fastalign.linear_divergence(*pair, **kept).sum()
+        else:
+            loss = fastalign.linear_divergence_loss(*pair, lambda out, rows: out.divergence.sum(), problem.target)
+    else:
+        loss = linear_logps(*operands, schedule=how).logps.sum()
+    (plain,) = torch.autograd.grad(loss, problem.hidden, retain_graph=True)
+    assert plain.any()
+    with pytest.raises(RuntimeError, match=r"no gradient of its own, which create_graph=True asks for; use impl='reference'"):
+        torch.autograd.grad(loss, problem.hidden, create_graph=True)
+
+
+def test_the_reference_has_a_second_derivative():
+    problem = make(n=9, dtype=torch.float64)
+    logps = linear_logps(problem.hidden, problem.weight, problem.target, impl="reference").logps
+    (first,) = torch.autograd.grad(logps.sum(), problem.hidden, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), problem.hidden)
+    assert second.any()
+
+
+def test_a_temperature_that_wants_a_gradient_is_refused():
+    problem = make(n=9)
+    temperature = torch.ones(9, requires_grad=True)
+    with pytest.raises(ValueError, match="temperature gets no gradient, but requires one: detach it"):
+        linear_logps(problem.hidden, problem.weight, problem.target, temperature=temperature)
+    with torch.no_grad():
+        linear_logps(problem.hidden, problem.weight, problem.target, temperature=temperature)
