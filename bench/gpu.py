@@ -176,7 +176,7 @@ class Bench:
                 options["master_weights"] = False  # as TRL, which updates the bfloat16 weights
         elif not given.get("search"):
             options |= MICRO
-        given = {"lora_rank": TRAININGS[training], "device": self.options.device, "dtype": self.dtype, **given}
+        given = {"lora_rank": TRAININGS[training], "device": self.options.device, "dtype": self.dtype, "uncut": True, **given}
         return Spec("dpo", name, str(self.model), str(self.data), "", "", options, **given)
 
     def attempt(self, part: str, spec: Spec, module: str = "bench.training_sides") -> tuple[str, Recording]:
