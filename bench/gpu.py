@@ -122,6 +122,7 @@ class Bench:
         self.shape = QUICK if options.quick else SPEED
         self.dtype = "float32" if options.device == "cpu" else "bfloat16"
         self.workload = ""
+        self.steps = STEPS
         self.model = Path()
 
     def rows(self) -> Iterator[GpuRun]:
@@ -165,7 +166,8 @@ class Bench:
                 f"Qwen3-8B with {self.options.layers} of its 36 layers, random weights, {self.dtype}, V={SPEED.vocab_size}; {PAIRS} pairs "
                 f"a step, prompts of {SPEED.prompt_words[0]}-{SPEED.prompt_words[1]} tokens, completions likewise, micro-batches of 2 pairs"
             )
-        self.data = write_pairs(self.folder / "pairs.jsonl", PAIRS * (4 if self.options.quick else STEPS), self.shape)
+        self.steps = 4 if self.options.quick else STEPS
+        self.data = write_pairs(self.folder / "pairs.jsonl", PAIRS * self.steps, self.shape)
 
     def spec(self, side: str, training: str, **given: Any) -> Spec:
         name, _, options = SIDES[side]
@@ -176,7 +178,7 @@ class Bench:
                 options["master_weights"] = False  # as TRL, which updates the bfloat16 weights
         elif not given.get("search"):
             options |= MICRO
-        given = {"lora_rank": TRAININGS[training], "device": self.options.device, "dtype": self.dtype, **given}
+        given = {"lora_rank": TRAININGS[training], "device": self.options.device, "dtype": self.dtype, "uncut": True, **given}
         return Spec("dpo", name, str(self.model), str(self.data), "", "", options, **given)
 
     def attempt(self, part: str, spec: Spec, module: str = "bench.training_sides") -> tuple[str, Recording]:
@@ -196,7 +198,7 @@ class Bench:
     def speed(self) -> Iterator[GpuRun]:
         for training in self.options.trainings:
             for side in self.options.sides:
-                status, found = self.attempt("speed", self.spec(side, training))
+                status, found = self.attempt("speed", self.spec(side, training, leave_after=self.steps))
                 row = GpuRun("speed", training, side, status)
                 if status == "measured":
                     first = min(WARMUP_STEPS, len(found.ends) - 1)

@@ -37,7 +37,8 @@ def search(spec: Spec, run: Callable[[Spec], Recording]) -> Recording:
         options: dict[str, Any] = spec.options | ({"max_tokens": 2 * length} if spec.side == "fastalign" else {})
         fits = True
         try:
-            run(replace(spec, data=str(data), options=options, samples=1, epochs=1, uncut=True, output=f"{spec.output}-{length}"))
+            once = {"samples": 1, "epochs": 1, "leave_after": 1, "uncut": True}
+            run(replace(spec, data=str(data), options=options, output=f"{spec.output}-{length}", **once))
         except (torch.OutOfMemoryError, DeviceMemoryError):
             fits = False
         gc.collect()

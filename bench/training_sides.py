@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -195,6 +196,7 @@ class Spec:
     cuda_gib: float | None = None  # of CUDA memory that may be taken in all
     search: int | None = None  # longest sequence that a search tries (bench.gpu_search)
     vocabulary: int = 2048  # of the words of what it trains on
+    leave_after: int | None = None  # optimizer steps after which nothing more is done: no checkpoint, no model is written
 
 
 @dataclass
@@ -262,6 +264,8 @@ def run_fastalign(spec: Spec) -> Recording:
         record.tokens.append(generations[-1] if task.answers else int(metrics["num_tokens"]) - sum(record.tokens))
         if len(record.ends) == spec.stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
+        if len(record.ends) == spec.leave_after:
+            raise Enough
 
     options = dict(spec.options)
     checkpointing = options.pop("gradient_checkpointing", False)  # an option of the model
@@ -280,8 +284,13 @@ def run_fastalign(spec: Spec) -> Recording:
         **task.ours,
         **options,
     )
-    fastalign.train(config, callbacks=[on_step])
+    with suppress(Enough):
+        fastalign.train(config, callbacks=[on_step])
     return record
+
+
+class Enough(Exception):
+    """All steps that are measured have been made."""
 
 
 def run_trl(spec: Spec) -> Recording:

@@ -162,9 +162,11 @@ Record = TypeVar("Record", PackedBatch, SharedPrompts)
 
 def _moved(record: Record, device: torch.device | str) -> Record:
     moved: dict[str, Any] = {}
+    pinned = torch.device(device).type == "cuda"  # from other memory the host would wait for what the device has still to do
     for f in fields(record):
         value = getattr(record, f.name)
         if isinstance(value, Tensor):
+            value = value.pin_memory() if pinned and value.device.type == "cpu" else value
             moved[f.name] = value.to(device, non_blocking=True)
         elif isinstance(value, SharedPrompts):
             moved[f.name] = value.to(device)

@@ -235,3 +235,23 @@ def test_all_ranks_score_equally_often(count: int, monkeypatch: pytest.MonkeyPat
 
         per_sample(samples, 10, score, rows=[1] * count)
     assert calls[0] == calls[1] == -(-count // 2)
+
+
+def test_a_batch_goes_to_a_device_from_pinned_memory(monkeypatch):
+    """From other memory the host would wait for the device at every micro-batch."""
+    batch = collate([Sample(0, (1,) * 64, ((2, 3), (4,)))], share=True)
+    pinned: list[torch.Tensor] = []
+    moved: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: moved.append(tensor) or tensor)
+    batch.to("cuda")
+    assert batch.shared is not None
+    assert len(pinned) == len(moved) == sum(isinstance(x, torch.Tensor) for x in [*vars(batch).values(), *vars(batch.shared).values()])
+    assert all(a is b for a, b in zip(pinned, moved))
+    batch.to("cpu")
+    assert len(pinned) == len(moved) / 2
