@@ -52,7 +52,9 @@ def serve(config: ServeConfig) -> None:
 def server_options(config: ServeConfig) -> dict[str, Any]:
     """How uvicorn listens. Clients and proxies must close an idle connection before it does (httpx after 5 s, nginx after 60 s):
     one that sends a request while the service closes sees the request fail."""
-    quiet: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+    from fastalign.serve.joined import protocol
+
+    quiet: dict[str, Any] = {"http": protocol(), "access_log": False, "log_level": "warning", "server_header": False}
     return {**quiet, "lifespan": "on", "timeout_graceful_shutdown": config.grace, "timeout_keep_alive": 75}
 
 
