@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Api:
         """Keep feedback on an answer; when this returns it is on the disk."""
         body = await read_body(request, self.config.max_body)
         feedback = parse_feedback(body, lambda user: self.store.user_key(caller.key, user))
+        if not caller.many_users:
+            feedback = replace(feedback, voice=self.store.user_key(caller.key))
         stored = await asyncio.wrap_future(self.store.add_feedback_later(feedback))
         return json_response({"object": "feedback", "id": stored.id, "answer": stored.answer, "kind": stored.kind})
 

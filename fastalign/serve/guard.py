@@ -49,6 +49,7 @@ class Caller:
     key: str
     role: Role
     allowance: Allowance
+    many_users: bool = True  # those whom its requests name are believed to be as many
 
 
 class Guard:
@@ -62,14 +63,14 @@ class Guard:
         """The caller, whose request counts as running until `leave`."""
         if self.config.open:
             self._check_host(request)
-            key, has = "open", "operator"
+            key, has, many = "open", "operator", True
         else:
             kind, _, secret = request.headers.get("authorization", "").partition(" ")
             token = self.store.check_token(secret.strip()) if kind.lower() == "bearer" else None  # one row by its key: no work for a thread
             if token is None:
                 told = "no valid token; send the header Authorization: Bearer TOKEN (fastalign serve token add makes one)"
                 raise ApiError(401, told, kind="authentication_error", code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-            key, has = token.id, token.role
+            key, has, many = token.id, token.role, token.many_users
         allowance = self._allowance(key)
         if role == "operator" and has != "operator":
             raise ApiError(403, "this needs a token with the role operator", kind="permission_error", code="insufficient_role")
@@ -80,7 +81,7 @@ class Guard:
             self._too_many(f"{allowance.running} requests of this token are running", 1)
         allowance.tokens -= 1
         allowance.running += 1
-        return Caller(key, "operator" if has == "operator" else "user", allowance)
+        return Caller(key, "operator" if has == "operator" else "user", allowance, many)
 
     def leave(self, caller: Caller) -> None:
         """The request of a caller has ended."""

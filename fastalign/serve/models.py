@@ -63,6 +63,8 @@ class Models:
         if not path.is_dir():
             raise ModelError(f"{folder}: the folder is gone, or is none; add the version again with the folder of a model or adapter")
         if (path / "adapter_config.json").is_file():
+            import peft  # noqa: F401  # the first time that takes seconds, for which no answer has to wait here
+
             try:
                 check_adapter_folder(folder)
             except (OSError, ValueError, AttributeError) as error:

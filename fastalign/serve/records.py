@@ -67,13 +67,15 @@ class Feedback:
     answer: str
     kind: Kind
     value: bool | float | str | tuple[str, ...]
-    user: str  # a salted hash
+    user: str  # a salted hash; the last judgement of a user counts
     reason: str | None = None
     created: float = 0.0
     id: int = 0  # its place in the history; 0: not stored yet
+    voice: str = ""  # a salted hash: who counts once where people vote, and has a share; "": the user
 
     def __post_init__(self) -> None:
         value, kind = self.value, self.kind
+        object.__setattr__(self, "voice", self.voice or self.user)
         if kind not in KINDS:
             raise DataError(f"feedback: kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if kind == "thumb" and not isinstance(value, bool):
@@ -110,6 +112,7 @@ class Token:
     note: str
     created: float
     revoked: float | None
+    many_users: bool = False  # it speaks for many, each of whom its requests name; else they are one, whatever names they give
 
 
 @dataclass(frozen=True)

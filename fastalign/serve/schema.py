@@ -61,4 +61,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     # 1: the answer goes on, and a stop text of the request's ended it. What was stored before is taken for whole.
     ("ALTER TABLE answers ADD COLUMN stopped INTEGER NOT NULL DEFAULT 0 CHECK (stopped IN (0, 1))",),
+    # Whether the "user" of a request with this token is believed; whose voice a judgement is, '' for that of its user.
+    (
+        "ALTER TABLE tokens ADD COLUMN many_users INTEGER NOT NULL DEFAULT 0 CHECK (many_users IN (0, 1))",
+        "ALTER TABLE feedback ADD COLUMN voice TEXT NOT NULL DEFAULT ''",
+    ),
 )

@@ -52,7 +52,9 @@ def serve(config: ServeConfig) -> None:
 def server_options(config: ServeConfig) -> dict[str, Any]:
     """How uvicorn listens. Clients and proxies must close an idle connection before it does (httpx after 5 s, nginx after 60 s):
     one that sends a request while the service closes sees the request fail."""
-    quiet: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+    from fastalign.serve.joined import protocol
+
+    quiet: dict[str, Any] = {"http": protocol(), "access_log": False, "log_level": "warning", "server_header": False}
     return {**quiet, "lifespan": "on", "timeout_graceful_shutdown": config.grace, "timeout_keep_alive": 75}
 
 
@@ -133,6 +135,7 @@ class TokenConfig:
     data: str = "feedback.db"  # database of the service
     role: Literal["user", "operator"] = "user"  # of a new token; operators may also change versions
     note: str = ""  # what a new token is for
+    many_users: bool = False  # a new token speaks for many users, whom its requests name; else what they say counts as one user's
     id: str = ""  # the token to revoke
 
 
@@ -151,7 +154,7 @@ def token(action: str, config: TokenConfig) -> None:
         raise ConfigError("token revoke needs --id; fastalign serve token list shows the ids")
     with Store(config.data) as store:
         if action == "add":
-            made, secret = store.add_token(config.role, config.note)
+            made, secret = store.add_token(config.role, config.note, many_users=config.many_users)
             log.info("token %s with the role %s; it is not shown again:", made.id, made.role)
             print(secret)
         elif action == "revoke":
@@ -160,7 +163,8 @@ def token(action: str, config: TokenConfig) -> None:
         else:
             for one in store.tokens():
                 state = "revoked" if one.revoked is not None else "valid"
-                print(f"{one.id}  {one.role:8}  {state:7}  {time.strftime('%Y-%m-%d', time.gmtime(one.created))}  {one.note}")
+                speaks = "many users" if one.many_users else "one user"
+                print(f"{one.id}  {one.role:8}  {state:7}  {speaks:10}  {time.strftime('%Y-%m-%d', time.gmtime(one.created))}  {one.note}")
 
 
 def command(words: Sequence[str]) -> int:

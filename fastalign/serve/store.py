@@ -200,9 +200,10 @@ class Store:
             for other in feedback.value if isinstance(feedback.value, tuple) else ():
                 if _prompt_of(connection, other) != prompt:
                     raise DataError(f"feedback: {other} answers another conversation than {feedback.answer}; they cannot be compared")
-            row = (feedback.kind, feedback.answer, feedback.subject, value, feedback.reason, feedback.user, created)
+            voice = "" if feedback.voice == feedback.user else feedback.voice
+            row = (feedback.kind, feedback.answer, feedback.subject, value, feedback.reason, feedback.user, created, voice)
             cursor = connection.execute(
-                "INSERT INTO feedback (kind, answer, subject, value, reason, user, created) VALUES (?, ?, ?, ?, ?, ?, ?)", row
+                "INSERT INTO feedback (kind, answer, subject, value, reason, user, created, voice) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row
             )
             return replace(feedback, id=cursor.lastrowid or 0, created=created)
 
@@ -245,12 +246,12 @@ class Store:
 
     # Tokens
 
-    def add_token(self, role: Role, note: str = "") -> tuple[Token, str]:
+    def add_token(self, role: Role, note: str = "", *, many_users: bool = False) -> tuple[Token, str]:
         """A new token and its secret, which cannot be shown again."""
-        token = Token(secrets.token_hex(6), role, note, time.time(), None)
+        token = Token(secrets.token_hex(6), role, note, time.time(), None, many_users)
         secret = f"fa-{token.id}-{secrets.token_urlsafe(32)}"
-        row = (token.id, self._hash(secret), role, note, token.created)
-        insert = "INSERT INTO tokens (id, hash, role, note, created) VALUES (?, ?, ?, ?, ?)"
+        row = (token.id, self._hash(secret), role, note, token.created, many_users)
+        insert = "INSERT INTO tokens (id, hash, role, note, created, many_users) VALUES (?, ?, ?, ?, ?, ?)"
         self.database.write(lambda c: c.execute(insert, row)).result()
         return token, secret
 
@@ -372,12 +373,12 @@ def _as_answer(row: sqlite3.Row) -> Answer:
 
 def _as_feedback(row: sqlite3.Row) -> Feedback:
     value = json.loads(row["value"])
-    fields = {name: row[name] for name in ("answer", "kind", "user", "reason", "created", "id")}
+    fields = {name: row[name] for name in ("answer", "kind", "user", "reason", "created", "id", "voice")}
     return Feedback(**fields, value=tuple(value) if isinstance(value, list) else value)
 
 
 def _as_token(row: sqlite3.Row) -> Token:
-    return Token(row["id"], row["role"], row["note"], row["created"], row["revoked"])
+    return Token(row["id"], row["role"], row["note"], row["created"], row["revoked"], bool(row["many_users"]))
 
 
 def _to_json(value: dict[str, Any]) -> str:

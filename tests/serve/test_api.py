@@ -448,6 +448,21 @@ def test_who_may_do_what(running: Running, secrets: dict[str, str], http: httpx.
         assert reply.headers["x-content-type-options"] == "nosniff" and "access-control-allow-origin" not in reply.headers
 
 
+def test_invented_users_behind_one_token_are_one_voice_unless_it_speaks_for_many(running: Running, http: httpx.Client):
+    answer = ask(http).json()["id"]
+    before = max((one.id for one in running.store.feedback()), default=0)
+    tokens = [running.store.add_token("user", many_users=many)[1] for many in (False, False, True)]
+    for token in tokens:
+        for user in ("ann", "bob", None):
+            body = {"answer": answer, "thumb": "up"} | ({"user": user} if user else {})
+            assert http.post("/v1/feedback", json=body, headers={"authorization": f"Bearer {token}"}).status_code == 200
+    found = list(running.store.feedback(after=before))
+    voices = [one.voice for one in found]
+    assert len({one.user for one in found}) == 9  # the last judgement of each counts, whoever speaks for them
+    assert [len(set(voices[k : k + 3])) for k in (0, 3, 6)] == [1, 1, 3] and len(set(voices)) == 5
+    assert all(one.voice == one.user for one in found[6:])
+
+
 def test_a_foreign_origin_is_only_let_in_where_it_is_named(models: Path, tmp_path: Path):
     with (
         Running(config_for(models, tmp_path, open=True, cors=["https://chat.example"])) as running,
@@ -706,4 +721,4 @@ def test_feedback_object_is_what_the_loop_reads(http: httpx.Client, running: Run
     answer = ask(http).json()["id"]
     kept = http.post("/v1/feedback", json={"answer": answer, "rating": 2.5, "reason": INJECTIONS[0]}).json()
     [feedback] = running.store.history(answer)
-    assert feedback == Feedback(answer, "rating", 2.5, feedback.user, INJECTIONS[0], feedback.created, kept["id"])
+    assert feedback == Feedback(answer, "rating", 2.5, feedback.user, INJECTIONS[0], feedback.created, kept["id"], feedback.voice)

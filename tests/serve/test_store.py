@@ -209,6 +209,8 @@ def test_tokens_are_hashed_checked_and_revoked(store: Store, tmp_path: Path):
     token, secret = store.add_token("operator", "laptop")
     _, other = store.add_token("user")
     assert store.check_token(secret) == token == store.tokens()[0] and store.check_token(other).role == "user"
+    many, believed = store.add_token("user", many_users=True)
+    assert [one.many_users for one in store.tokens()] == [False, False, True] and store.check_token(believed) == many
     for wrong in (secret[:-1], secret + "x", secret.replace("fa-", ""), other[:15] + secret[15:], *NASTY, "fa-" + "\udcff" * 12):
         assert wrong.startswith("fa-\udcff") or store.check_token(wrong) is None
     store.revoke_token(token.id)
@@ -349,8 +351,10 @@ def test_what_an_older_fastalign_stored_is_read_as_it_was_meant(tmp_path: Path, 
     monkeypatch.undo()
     with Store(path) as store:
         assert store.answer("a").finish_reason == "stop" and store.answer("a").stopped is False
-        assert [(f.answer, f.value, f.user) for f in store.feedback()] == [("a", True, "u")]
-        assert [token.note for token in store.tokens()] == ["note"]
+        assert [(f.answer, f.value, f.user, f.voice) for f in store.feedback()] == [("a", True, "u", "u")]
+        assert [(token.note, token.many_users) for token in store.tokens()] == [("note", False)]
+        added = store.add_feedback(Feedback("a", "thumb", False, "v", voice="w"))
+        assert list(store.feedback(after=1)) == [added] and added.voice == "w"
         store.add_answers([answer("b", stopped=True)])
         assert [one.stopped for one in store.answers()] == [False, True]
 

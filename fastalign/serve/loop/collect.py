@@ -172,27 +172,27 @@ def _gather(
 
 
 def _note(one: Conversation, feedback: Feedback, answer: Answer, fetch: Callable[[str], Answer], dropped: Counter[str]) -> None:
-    user, id, value = feedback.user, feedback.id, feedback.value
+    voice, id, value = feedback.voice, feedback.id, feedback.value
     reason = _unusable(answer)
     if feedback.kind == "edit":
         assert isinstance(value, str)
         edited = one.text(answer.id, value, content_key(value))
         if reason:
             dropped[f"{reason}, before its edit"] += 1
-            one.label(edited, True, user, id)
+            one.label(edited, True, voice, id)
         elif value == answer.text:
             dropped["an edit that changes nothing"] += 1
         else:
-            one.prefer(edited, one.text(answer.id, None, content_key(answer.text)), user, id)
+            one.prefer(edited, one.text(answer.id, None, content_key(answer.text)), voice, id)
         return
     if reason:
         dropped[reason] += 1
         return
     text = one.text(answer.id, None, content_key(answer.text))
     if feedback.kind == "thumb":
-        one.label(text, value is True, user, id)
+        one.label(text, value is True, voice, id)
     elif feedback.kind == "rating":
-        one.rate(text, float(value), user, id)  # type: ignore[arg-type]
+        one.rate(text, float(value), feedback.user, voice, id)  # type: ignore[arg-type]
     else:
         assert isinstance(value, tuple)
         for other in map(fetch, value):
@@ -201,7 +201,7 @@ def _note(one: Conversation, feedback: Feedback, answer: Answer, fetch: Callable
             elif other.text == answer.text:
                 dropped["a choice between equal answers"] += 1
             else:
-                one.prefer(text, one.text(other.id, None, content_key(other.text)), user, id)
+                one.prefer(text, one.text(other.id, None, content_key(other.text)), voice, id)
 
 
 def _unusable(answer: Answer) -> str | None:

@@ -79,7 +79,7 @@ class Conversation:
     texts: dict[bytes, tuple[str, str | None]] = field(default_factory=dict)  # (id of an answer with the text, or the text of an edit)
     _labels: dict[bytes, dict[str, _Vote]] = field(default_factory=dict)
     _orders: dict[tuple[bytes, bytes], dict[str, _Vote]] = field(default_factory=dict)  # of two digests, the smaller one first
-    _ratings: dict[str, list[tuple[float, bytes, int]]] = field(default_factory=dict)
+    _ratings: dict[tuple[str, str], list[tuple[float, bytes, int]]] = field(default_factory=dict)  # by user and voice
 
     def text(self, answer: str, edited: str | None, content: bytes) -> bytes:
         """Make a text known."""
@@ -87,12 +87,12 @@ class Conversation:
         return content
 
     def label(self, text: bytes, good: bool, user: str, id: int) -> None:
-        """A user finds a text good or bad."""
+        """A user (here and below: a voice, see `Feedback`) finds a text good or bad."""
         self._labels.setdefault(text, {}).setdefault(user, _Vote()).add(1 if good else -1, id)
 
-    def rate(self, text: bytes, rating: float, user: str, id: int) -> None:
-        """A user rates a text."""
-        self._ratings.setdefault(user, []).append((rating, text, id))
+    def rate(self, text: bytes, rating: float, user: str, voice: str, id: int) -> None:
+        """A user, by whose other ratings this one is to be read, rates a text."""
+        self._ratings.setdefault((user, voice), []).append((rating, text, id))
 
     def prefer(self, better: bytes, worse: bytes, user: str, id: int) -> None:
         """A user finds one text better than another."""
@@ -106,11 +106,11 @@ class Conversation:
         Labels come from thumbs and ratings; pairs from choices, edits and the ratings of one user, and, for two texts that nobody
         compared, from a good and a bad label.
         """
-        for user, rated in self._ratings.items():
+        for (user, voice), rated in self._ratings.items():
             for rating, text, id in rated:
                 way = ratings.opinion(user, rating)
                 if way:
-                    self.label(text, way > 0, user, id)
+                    self.label(text, way > 0, voice, id)
                 else:
                     dropped[AVERAGE] += 1
             groups: dict[float, list[tuple[bytes, int]]] = {}
@@ -118,7 +118,7 @@ class Conversation:
                 groups.setdefault(rating, []).append((text, id))
             for better, worse in pairwise(groups[rating] for rating in sorted(groups, reverse=True)):
                 for (one, first), (other, second) in matched(better, worse):
-                    self.prefer(one, other, user, max(first, second))
+                    self.prefer(one, other, voice, max(first, second))
         self._ratings = {}
         labels = [Label(text, *found) for text, votes in self._labels.items() if (found := _majority(votes, dropped))]
         pairs: list[Pair] = []

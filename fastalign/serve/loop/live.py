@@ -39,7 +39,7 @@ class LiveConfig:
 
 
 class Opinion(NamedTuple):
-    """One user's judgement of one answer."""
+    """One user's judgement of one answer; a user is a voice, see `Feedback`."""
 
     user: str
     liked: bool
@@ -60,7 +60,7 @@ def opinions(store: Store, version: str, *, good_rating: float | None = None) ->
     if good_rating is None:
         for feedback in store.feedback(kind="rating"):  # of every version: a user's mean is over all of them
             ratings.add(feedback.user, float(feedback.value))  # type: ignore[arg-type]
-    found = ((feedback.user, _way(feedback, ratings)) for feedback in store.feedback(version=version))
+    found = ((feedback.voice, _way(feedback, ratings)) for feedback in store.feedback(version=version))
     return [Opinion(user, way > 0) for user, way in found if way]
 
 

@@ -136,6 +136,31 @@ def test_equal_ratings_are_average_however_they_round(talk: Talk, tmp_path: Path
     assert not run(talk, tmp_path / "out").rows
 
 
+def test_invented_users_of_one_voice_neither_outvote_others_nor_weigh_more(talk: Talk, tmp_path: Path):
+    """Thirty names behind one token against three people, who are as many voices."""
+    talk.answers(("a", "q", "A"), *((f"b{i}", f"r{i}", "B") for i in range(30)), *((f"c{i}", f"s{i}", "C") for i in range(30)))
+    invented = [Feedback("a", "thumb", True, f"i{i}", voice="token") for i in range(30)]
+    invented += [Feedback(f"b{i}", "thumb", True, f"i{i}", voice="token") for i in range(30)]
+    people = [Feedback("a", "thumb", False, f"u{i}") for i in range(3)]
+    people += [Feedback(f"c{i}", "thumb", False, f"u{i % 3}") for i in range(30)]
+    for one in (*invented, *people):
+        talk.store.add_feedback(one)
+    found = run(talk, tmp_path / "out", per_user=0.25)
+    made = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert ("q", "A", False) in rows(tmp_path / "out/train.jsonl") and found.counts["users"] == 4
+    theirs = sum(row.get("weight", 1.0) for row in made if row["label"])
+    assert 0 < theirs <= 0.25 * sum(row.get("weight", 1.0) for row in made) * (1 + 1e-9)
+
+
+def test_ratings_are_read_by_the_other_ratings_of_their_user_also_of_one_voice(talk: Talk, tmp_path: Path):
+    talk.answers(*((id, f"q{id}", id) for id in "abcd"))
+    for user, id, rating in (("kind", "a", 9.0), ("kind", "b", 7.0), ("stern", "c", 3.0), ("stern", "d", 1.0)):
+        talk.store.add_feedback(Feedback(id, "rating", rating, user, voice="token"))
+    run(talk, tmp_path / "out")
+    labels = {text: good for _, text, good in rows(tmp_path / "out/train.jsonl")}
+    assert labels == {"a": True, "b": False, "c": True, "d": False}
+
+
 @pytest.mark.parametrize(("how", "where"), [({"finish_reason": "length"}, "its length limit"), ({"stopped": True}, "a stop text")])
 def test_answers_that_were_cut_off_teach_nothing_but_their_edit_does(talk: Talk, tmp_path: Path, how: dict, where: str):
     talk.answers(made("a", "q", "the rest is", **how), made("b", "q", "B"), made("c", "r", " \n"))

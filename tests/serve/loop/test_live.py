@@ -11,6 +11,7 @@ from talk import Talk
 
 from fastalign.errors import ConfigError
 from fastalign.serve.loop.live import LiveConfig, Opinion, difference, fallen, live_scores, opinions, scores
+from fastalign.serve.records import Feedback
 
 
 @pytest.fixture
@@ -96,6 +97,15 @@ def test_one_user_cannot_take_a_version_back(talk: Talk):
     alone.said(*thumbs("base", 80, 100), *(("flood", "thumb", f"one{i}", False) for i in range(100)))
     assert fallen(alone.store, LiveConfig()) is None  # nobody else has said anything of it
     alone.store.close()
+
+
+def test_many_names_of_one_voice_cannot_take_a_version_back(talk: Talk):
+    said = [Feedback(f"one{i}", "thumb", False, f"invented {i}", voice="token") for i in range(300)]
+    for one in said:
+        talk.store.add_feedback(one)
+    talk.said(*thumbs("base", 40, 50), *thumbs("one", 40, 50, start=300))
+    assert fallen(talk.store, LiveConfig()) is None  # where 300 users decide
+    assert {one.user for one in opinions(talk.store, "one")} == {"token", *(f"u{i}" for i in range(40))}
 
 
 def test_the_only_user_there_is_decides(talk: Talk):
