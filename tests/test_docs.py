@@ -24,6 +24,8 @@ import pytest
 from tiny import preference_rows, save_tiny
 
 from fastalign import cli
+from fastalign.train import plan as planning
+from fastalign.train.remedies import remedies
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -118,6 +120,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as of `python` in that folder
+    monkeypatch.setattr(planning, "remedies", lambda config, half: [r for r in remedies(config, half=half) if r.kind == "reference"])
+    monkeypatch.setattr(planning, "GRID", (512, 8192))  # a plan is tested whole in test_plan.py, and takes 10 s
     yield tmp_path
     for file in tmp_path.glob("*.pid"):  # what a page has started and, failing, not stopped
         with suppress(ProcessLookupError, ValueError):

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "kernels" / "build.sh"
-NEEDS_TOOLS = pytest.mark.skipif(
-    not (shutil.which("cmake") and shutil.which("c++")), reason="no CMake or C++ compiler: the native build is unproven here"
-)
+CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))  # as the script looks for it
+NEEDS_TOOLS = pytest.mark.skipif(not (CMAKE and shutil.which("c++")), reason="no CMake or C++ compiler: the native build is unproven here")
 PROJECT = """
 cmake_minimum_required(VERSION 3.20)
 project(tiny LANGUAGES CXX)

@@ -13,12 +13,14 @@ import pytest
 from fastalign.head import native
 
 ROOT = Path(__file__).parent.parent.parent
-missing = [tool for tool in ("cmake", "c++", "cc") if shutil.which(tool) is None]
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # pip's CMake may be beside the interpreter only
+missing = [tool for tool in ("cmake", "c++", "cc") if shutil.which(tool, path=PATH) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)} on PATH: building the native library is unproven here")
 
 
 def run(*command: str | Path, **options) -> str:
-    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, **options)
+    words = [shutil.which(command[0], path=PATH) or str(command[0]), *map(str, command[1:])]
+    done = subprocess.run(words, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 

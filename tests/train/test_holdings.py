@@ -25,15 +25,17 @@ BACKWARD = {"update_in_backward": True, "max_grad_norm": None}
 STOCHASTIC = {"master_weights": False, "stochastic_rounding": True}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"master_weights": False}, {"optimizer": "adamw_8bit"}, {"optimizer": "adamw_offload"}, STOCHASTIC, BACKWARD],
+    ("options", "dtype"),
+    [
+        (options, dtype)
+        for options in ({}, {"master_weights": False}, {"optimizer": "adamw_8bit"}, {"optimizer": "adamw_offload"}, STOCHASTIC, BACKWARD)
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype == torch.bfloat16 or "stochastic_rounding" not in options  # float32 has nothing to round: refused
+    ],
     ids=str,
 )
 def test_holdings_are_those_of_the_optimizer(options: dict[str, Any], dtype: torch.dtype) -> None:
-    if dtype == torch.float32 and "stochastic_rounding" in options:
-        pytest.skip("nothing to round: refused")
     weights = [nn.Parameter(torch.ones(70, 100, dtype=dtype)), nn.Parameter(torch.ones(9, dtype=dtype))]
     config = RunConfig(**options)
     optimizer = Optimizer(nn.ParameterList(weights), config)

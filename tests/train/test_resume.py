@@ -63,7 +63,7 @@ def killed(inputs: Path, work: Path, kills: int, *kinds: str) -> dict[str, Any]:
     """Kill runs of these kinds, check that each ended as if it had not been, and give the report."""
     command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(inputs), str(work), str(kills), *kinds]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}  # a tiny model needs no more
-    done = subprocess.run(command, capture_output=True, text=True, timeout=560, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1100, env=environment)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     trials = report["trials"]

@@ -48,7 +48,7 @@ def pairs(count: int) -> list[Sample]:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_it_is_the_largest_that_is_predicted_to_fit(share: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model = load_model(tiny_model("qwen3", hidden_size=64, layers=3))
+    model = load_model(tiny_model("qwen3", hidden_size=64, layers=1))
     config = DPOConfig(max_tokens="auto", batch_size=400, share_prompts=share, logits_budget=1 << 20)
     data = Data(pairs(500))
     fewest, most = room.step_tokens(config, data)
@@ -66,7 +66,7 @@ def test_it_is_the_largest_that_is_predicted_to_fit(share: bool, monkeypatch: py
 
 
 def test_a_budget_beside_the_weights_bounds_a_number_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model = load_model(tiny_model("qwen3", hidden_size=64), lora=LoraConfig(r=2))
+    model = load_model(tiny_model("qwen3", hidden_size=64, layers=1), lora=LoraConfig(r=2))
     config, data = DPOConfig(max_tokens=4096, batch_size=400, logits_budget=1 << 20), Data(pairs(500))
     growth = lambda tokens: room._footprint(config, model, room._most_scored(config, data.samples), tokens).growth  # noqa: E731
     budget = growth(2000)
