@@ -281,8 +281,12 @@ def line(row: GpuRun) -> str:
 
 
 def page(rows: list[GpuRun]) -> str:
-    """The page of a call: a table for each part."""
-    lines = [f"# {TITLE}", "", *table.facts(rows), *(f"- workload: {text}" for text in dict.fromkeys(row.workload for row in rows)), ""]
+    return "\n".join([f"# {TITLE}", "", *section(rows)]).rstrip() + "\n"
+
+
+def section(rows: list[GpuRun]) -> list[str]:
+    """What was measured on what, and a table for each part."""
+    lines = [*table.facts(rows), *(f"- workload: {text}" for text in dict.fromkeys(row.workload for row in rows)), ""]
     speed, longest = ([row for row in rows if row.part == part] for part in ("speed", "longest"))
     if speed:
         lines += ["| training | side | tokens/s | peak memory, GiB | reference, s | |", "|---|---|---:|---:|---:|---|"]
@@ -301,8 +305,7 @@ def page(rows: list[GpuRun]) -> str:
             cells = [f"{row.memory_gib:g}", SIDES[row.side][1], str(row.longest_tokens), str(row.too_long_tokens or ""), row.status]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    others = [line(row) for row in rows if row.part not in ("speed", "longest")]
-    return "\n".join([*lines, *(f"- {text}" for text in others)]).rstrip() + "\n"
+    return [*lines, *(f"- {line(row)}" for row in rows if row.part not in ("speed", "longest"))]
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench import costs_page, head_page, ladder_page, patched_page, serve_page, table, training_page
+from bench import costs_page, gpu, head_page, ladder_page, patched_page, serve_page, table, training_page
 from bench.costs_page import Cost
+from bench.gpu import GpuRun
 from bench.head_rows import Row
 from bench.ladder_page import Rung
 from bench.plot import draw_head, draw_ladder, draw_training, embedded
@@ -46,6 +47,10 @@ def pages(folder: Path) -> dict[Path, str]:
             rungs = table.read(file, Rung)
             found[file.with_suffix(".md")] = ladder_page.page(rungs)
             lines += _section(file, ladder_page.title(device), [*table.facts(rungs), *ladder_page.section(rungs)])
+    for file in sorted(folder.glob("gpu_*.csv")):
+        trained = table.read(file, GpuRun)
+        found[file.with_suffix(".md")] = gpu.page(trained)
+        lines += _section(file, gpu.TITLE, gpu.section(trained))
     if (file := folder / "patched_cpu.csv").exists():
         runs = table.read(file, Measurement)
         found[file.with_suffix(".md")] = patched_page.page(runs)

@@ -157,17 +157,22 @@ class PackedBatch:
         return [pieces[prefix[end]] + pieces[end] if prefix[end] >= 0 else pieces[end] for end in self.shared.ends]
 
 
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`. The host's goes to CUDA from pinned memory, or it would wait for what the device has still to do."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # kept by its allocator until the copy has ended
+    return tensor.to(device, non_blocking=True)
+
+
 Record = TypeVar("Record", PackedBatch, SharedPrompts)
 
 
 def _moved(record: Record, device: torch.device | str) -> Record:
     moved: dict[str, Any] = {}
-    pinned = torch.device(device).type == "cuda"  # from other memory the host would wait for what the device has still to do
     for f in fields(record):
         value = getattr(record, f.name)
         if isinstance(value, Tensor):
-            value = value.pin_memory() if pinned and value.device.type == "cpu" else value
-            moved[f.name] = value.to(device, non_blocking=True)
+            moved[f.name] = on_device(value, device)
         elif isinstance(value, SharedPrompts):
             moved[f.name] = value.to(device)
     return replace(record, **moved)

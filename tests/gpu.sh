@@ -15,7 +15,7 @@
 #      takes 25 - 40 s, and there are LoRA and full on five sides                                                      250 - 400 s
 #      the longest LoRA sequence in 24 GiB: 7 lengths a side, 5 - 12 s each, in what is left
 #   3  bandwidth of the row kernels by warps and columns at a time: 64 launches, compiling mostly                       40 - 80 s
-#      agreement 80 s, profiles of a step (LoRA, full) 80 s, and the longest LoRA sequence in 80 GiB, or what the card has: up to 10
+#      agreement 80 s, profiles of a step (LoRA, full) 80 s, and the longest LoRA sequence in 80 GiB (or what the card has) and 24: up to 10
 #      lengths a side; two sequences of 64k tokens are 2.3 PFLOP and 2 PFLOP of attention, 10 s with the start, in what is left
 set -uo pipefail
 case "${1:-1}" in
@@ -115,7 +115,7 @@ call_2() {
 
 call_3() {
     benchmark 100 rows
-    benchmark $(($(left) - 15)) gpu --limit $(($(left) - 35)) --parts profile longest --gib 80
+    benchmark $(($(left) - 15)) gpu --limit $(($(left) - 35)) --parts profile longest --gib 80 24
 }
 
 "call_$part"

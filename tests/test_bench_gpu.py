@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_search, table
+from bench import gpu, gpu_search, results, table
 from bench.gpu import Bench, GpuRun
 from bench.training_sides import Recording, Spec
 from bench.workload import QUICK
@@ -111,8 +111,12 @@ def test_page_says_what_was_left_out(tmp_path):
     assert "| lora | TRL, defaults (gradient checkpointing) |  |  |  | out of memory |" in text
     assert "| 24 | TRL with Liger's loss, gradient checkpointing | 0 |  | not run: time limit |" in text
     assert "- profile, full, fastalign, measured" in text
-    table.write(tmp_path / "gpu.csv", rows)
-    assert table.read(tmp_path / "gpu.csv", GpuRun)[0].tokens_per_second == 12346.0
+    file = tmp_path / "results" / "gpu_a_card.csv"
+    table.write(file, rows)
+    assert table.read(file, GpuRun)[0].tokens_per_second == 12346.0
+    pages = results.pages(file.parent)
+    assert pages[file.with_suffix(".md")] == text
+    assert "| lora | fastalign | 12346 | 20.0 | 1.5 | measured |" in pages[tmp_path / "RESULTS.md"]
 
 
 def test_a_toy_is_all_that_runs_on_a_cpu(capsys):

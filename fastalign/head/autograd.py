@@ -15,7 +15,7 @@ from fastalign.head import function
 from fastalign.head.call import Call
 from fastalign.head.function import FIELDS, Gradients, Operands
 from fastalign.head.plan import Plan
-from fastalign.types import HeadOutput
+from fastalign.types import HeadOutput, on_device
 
 LossFn = Callable[[HeadOutput, slice], Tensor]
 OperandGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # hidden, weight, bias, u, B
@@ -238,7 +238,7 @@ def gradient_rows(coefficients: dict[str, Tensor], active: Tensor | None) -> Ten
     mask = torch.stack([c != 0 for c in coefficients.values()]).any(0)
     if active is None:
         return None if mask.all() else mask.nonzero().squeeze(1)
-    index = (active.pin_memory() if some.is_cuda else active).to(some.device, non_blocking=True)
+    index = on_device(active, some.device)
     lost = mask.index_fill(0, index, False).any()
     if some.is_cuda:
         torch._assert_async(~lost, "a row outside `active` has a gradient")

@@ -34,7 +34,7 @@ from fastalign.models.trunk import evaluation, trunk
 from fastalign.packing import per_sample
 from fastalign.ranks import current
 from fastalign.segments import segment_sum, shared_length_sum
-from fastalign.types import PackedBatch, Sample
+from fastalign.types import PackedBatch, Sample, on_device
 
 
 class Reference(Protocol):
@@ -255,7 +255,7 @@ class CachedReference:
             rows = [self.rows[index] + k for index, count in zip(batch.index, batch.completions) for k in range(count)]
         except KeyError as missing:
             raise DataError(f"sample {missing} has no cached reference; the cache covers the samples that the run started with") from None
-        return self.values[rows].to(batch.input_ids.device)
+        return on_device(self.values[rows], batch.input_ids.device)
 
 
 def _key(model: Any, samples: Sequence[Sample], data_fingerprint: str) -> str:

@@ -21,7 +21,7 @@ from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.heads import active_module
 from fastalign.models.load import prepare, read_config, read_model, resolve_adapter
 from fastalign.models.trunk import causal_lm, evaluation, stock_attention, text_config, trunk
-from fastalign.types import PackedBatch
+from fastalign.types import PackedBatch, on_device
 
 _WEIGHT = "score.weight"
 
@@ -121,7 +121,7 @@ def _last_tokens(batch: PackedBatch, pad_token_id: int) -> Tensor:
     last = seen[stops - 1]
     if batch.shared is None:
         return last.maximum(starts)
-    begin, ends = (torch.tensor(x).to(rows.device, non_blocking=True) for x in (batch.shared.prefix, batch.shared.ends))
+    begin, ends = (on_device(torch.tensor(x), rows.device) for x in (batch.shared.prefix, batch.shared.ends))
     begin = torch.where(begin >= 0, begin, torch.arange(len(begin), device=rows.device))  # the piece that each sequence begins with
     return torch.where(last >= starts, last, last[begin].maximum(starts[begin]))[ends]
 

@@ -26,7 +26,7 @@ from fastalign.objectives.online import OnlineConfig
 from fastalign.objectives.pairs import add_sums
 from fastalign.objectives.rollouts import Buffered, Rollout, Rollouts
 from fastalign.segments import segments_in
-from fastalign.types import HeadOutput, PackedBatch, Sample
+from fastalign.types import HeadOutput, PackedBatch, Sample, on_device
 
 CORRECTIONS = ("auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
@@ -258,15 +258,15 @@ class GRPO(Buffered):
         assert self.rollouts is not None
         rollouts, config, device = self.rollouts, self.config, batch.live_target.device
         found = trunk(self.model, batch)
-        advantages = rollouts.of_tokens(rollouts.token_advantages, batch.index).to(device)
+        advantages = on_device(rollouts.of_tokens(rollouts.token_advantages, batch.index), device)
         stored = (rollouts.logps, rollouts.ref_logps, rollouts.sampling_logps)
-        old, ref, drawn = (rollouts.of_tokens(x, batch.index).to(device) if x.numel() else None for x in stored)
+        old, ref, drawn = (on_device(rollouts.of_tokens(x, batch.index), device) if x.numel() else None for x in stored)
         if config.steps_per_draw == 1:
             old = None  # the policy is still the one that answered
         mask = self._mask(rollouts, batch)
         high, bonus_tokens = None, denominators["tokens"]
         if self.high_entropy is not None:
-            high = rollouts.of_tokens(self.high_entropy, batch.index).to(device)
+            high = on_device(rollouts.of_tokens(self.high_entropy, batch.index), device)
             bonus_tokens = max(1.0, float(self.high_entropy.sum())) if math.isfinite(bonus_tokens) else bonus_tokens
         sums: dict[str, Tensor] = {}
 
@@ -347,7 +347,7 @@ class GRPO(Buffered):
         if all(counts):
             return None
         lengths = torch.tensor([stop - start for start, stop in pairwise(batch.live_bounds)])
-        return torch.tensor(counts).repeat_interleave(lengths).to(batch.live.device, non_blocking=True)
+        return on_device(torch.tensor(counts).repeat_interleave(lengths), batch.live.device)
 
     def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
         assert self.rollouts is not None

@@ -28,7 +28,7 @@ from fastalign.objectives.pairs import (
     pair_loss,
     pair_metrics,
 )
-from fastalign.types import PackedBatch, Sample
+from fastalign.types import PackedBatch, Sample, on_device
 
 
 @dataclass
@@ -107,8 +107,8 @@ class ORPO:
         """The likelihood term of the prompts of the chosen sequences, which are scored nowhere else."""
         scored = [end - start for start, end in zip(batch.live_bounds[0::2], batch.live_bounds[1::2])]
         spans = [rows[: len(rows) - 1 - count] for rows, count in zip(batch.sequences()[0::2], scored)]
-        rows = torch.tensor(list(chain.from_iterable(spans)), dtype=torch.int64).to(hidden.device)
-        lengths = torch.tensor([len(span) for span in spans]).to(hidden.device)
+        rows = on_device(torch.tensor(list(chain.from_iterable(spans)), dtype=torch.int64), hidden.device)
+        lengths = on_device(torch.tensor([len(span) for span in spans]), hidden.device)
         weight = batch.weight.repeat_interleave(lengths, output_size=rows.shape[0])
         unweighted: list[Tensor] = []
 

@@ -24,7 +24,7 @@ from fastalign.objectives.online import OnlineConfig
 from fastalign.objectives.pairs import add_sums
 from fastalign.objectives.rollouts import Buffered, Rollout, Rollouts
 from fastalign.segments import segment_expand, segment_sum
-from fastalign.types import HeadOutput, PackedBatch, Sample
+from fastalign.types import HeadOutput, PackedBatch, Sample, on_device
 
 
 @dataclass
@@ -256,7 +256,7 @@ class PPO(Buffered):
     def _of(self, batch: PackedBatch, *values: Tensor) -> list[Tensor]:
         """(L,) each: the parts of `values` (T,) that belong to the scored tokens of `batch`, on its device."""
         assert self.rollouts is not None
-        return [self.rollouts.of_tokens(x, batch.index).to(batch.live_target.device, non_blocking=True) for x in values]
+        return [on_device(self.rollouts.of_tokens(x, batch.index), batch.live_target.device) for x in values]
 
     def metrics(self, sums: dict[str, float], denominators: dict[str, float]) -> dict[str, float]:
         assert self.rollouts is not None and self.earned is not None

@@ -18,7 +18,7 @@ from fastalign.errors import ConfigError
 from fastalign.losses.reward import bradley_terry, plackett_luce
 from fastalign.models.value_head import check_scores, load_reward_model, scores
 from fastalign.objectives.base import Dataset, RunConfig
-from fastalign.types import PackedBatch, Sample
+from fastalign.types import PackedBatch, Sample, on_device
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Reward:
         rewards = scores(self.model, batch)  # (S,), best first in every sample
         if self.listwise:
             assert batch.labels is not None, "rankings carry labels"
-            groups = torch.tensor((0, *accumulate(batch.completions)), dtype=torch.int32).to(rewards.device, non_blocking=True)
+            groups = on_device(torch.tensor((0, *accumulate(batch.completions)), dtype=torch.int32), rewards.device)
             losses = plackett_luce(rewards, batch.labels, groups)
         else:
             losses = bradley_terry(rewards[0::2], rewards[1::2], margin=batch.margin, center_coef=self.center_coef)
