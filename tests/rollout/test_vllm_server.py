@@ -98,7 +98,7 @@ def engine_of(place: Path, folder: Path, **options: Any) -> VLLMServerEngine:
 def test_a_run_samples_by_the_weights_it_trains(place: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """The trainer's log-probs are the server's at every step, while the weights move: each version of the adapter was the right one."""
     with StandIn(place / "model") as server:
-        config = config_of(place, VLLMServerConfig(url=server.url), tmp_path / "run", eval_every=2, **options)
+        config = config_of(place, VLLMServerConfig(url=server.url), tmp_path / "run", **options)
         assert config.correction == "sequence_mask"
         train(config)
     rows = [row for row in logged(tmp_path / "run") if "loss" in row]
