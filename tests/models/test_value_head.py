@@ -41,8 +41,8 @@ def fresh(path: Path, **options: object) -> torch.nn.Module:
 
 
 def stock_scores(path: Path) -> torch.Tensor:
-    """As a user of plain Transformers gets them: one unpadded sequence at a time."""
-    model = AutoModelForSequenceClassification.from_pretrained(path)
+    """As a user of plain Transformers gets them: one unpadded sequence at a time. SDPA leaves softcaps out in some of its versions."""
+    model = AutoModelForSequenceClassification.from_pretrained(path, attn_implementation="eager")
     batch = collate(SAMPLES)
     with torch.no_grad():
         return torch.cat([model(input_ids=batch.input_ids[None, a:b]).logits[:, 0] for a, b in pairwise(batch.bounds)])
