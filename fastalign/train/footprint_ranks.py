@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +31,7 @@ class Share:
     masters: int
     moments: int
     gradients: int  # where micro-batches add to them
-    kept: int  # sums of gradients over all processes that stay until there are new ones
-    reduced: int  # all such sums, at the update
+    reduced: int  # sums of gradients over all processes, at the update
     exchange: int  # the most that travels at the update besides
     update: int  # temporaries of the optimizer
     head: int  # by how much the rows of a divided head are fewer
@@ -74,7 +72,7 @@ class MomentsOfRank:
         def micro_batch(measured: one.Moments) -> dict[str, int]:
             own = {name: measured.step[name] for name in (one.ACTIVATIONS, one.HEAD, one.BACKWARD)}
             gradients = share.gradients if share.layer or share.head else min(share.gradients, measured.step[one.GRADIENTS])
-            return {**held, **own, one.GRADIENTS: gradients + share.kept}
+            return {**held, **own, one.GRADIENTS: gradients}
 
         scoring = micro_batch(found)
         scoring[one.HEAD] += self.scratch
@@ -111,10 +109,6 @@ def unpredicted(config: RunConfig, processes: int, device: torch.device) -> Gap 
     if config.parallel.replicas > 1:
         group = processes // config.parallel.replicas
         return Gap("what each of several groups holds", f"leave --parallel.replicas out, and plan one group: --ranks {group}")
-    if config.lora.enabled or (Path(config.model.path) / "adapter_config.json").is_file():
-        return Gap("an adapter on several processes", "")
-    if config.parallel.shard == "optimizer":
-        return Gap("parallel.shard optimizer", "")
     if config.copies_model:
         return Gap("a reference that is a copy, on several processes,", "set --reference cache")
     return None
@@ -175,15 +169,17 @@ def _in_flight(share: Share, parts: dict[str, int], layers: int, size: int, devi
     """Gathered layers and gradients on their way at the highest moment of a backward, besides `parts`.
 
     A layer is gathered when its backward begins, and the one before it at once (`set_modules_to_backward_prefetch`). When its backward
-    is over it is freed and its gradient, which is there in full, is copied into one float32 buffer, which stays until the next
-    layer is as far (FSDP2's `reduce_scatter_max_input_buffers`, 1); the sum is of its share. Its activations have gone by then.
+    is over it is freed and its gradient, which is there in full, is copied into one float32 buffer and freed (`foreach_reduce`). The
+    buffer stays until the next layer is as far (FSDP2's `reduce_scatter_max_input_buffers`, 1); the sum is of its share. The layer's
+    activations have gone by then.
     """
     layer, trained, reduction = share.layer, share.trained, share.reduction
     on_cpu = device.type == "cpu"
     of_a_layer = parts[one.ACTIVATIONS] // layers
     copied = max(0, layer - parts[one.BACKWARD]) * on_cpu  # gloo gathers into a copy of its own, before the backward of a layer has begun
     begins = 2 * layer + copied
-    over = layer + trained + reduction + reduction // size + reduction * on_cpu - of_a_layer  # gloo reduces a copy of what it is given
+    summed = reduction // size + reduction * on_cpu  # gloo reduces a copy of what it is given
+    over = layer + reduction + max(trained, summed) - of_a_layer
     next_begins = 2 * layer + copied + reduction - of_a_layer
     next_ends = 2 * layer + trained + reduction - 2 * of_a_layer
     most = max(begins, over, next_begins, next_ends)
@@ -198,7 +194,7 @@ def share_of(model: nn.Module, config: RunConfig, processes: int, device: torch.
     layers = layers_of(model) if parallel.shard == "full" and size > 1 else []
     working = {id(p): dtype for layer in layers for dtype in [working_dtype(layer, config)] for p in layer.parameters()}
     head = head_weight(model) if parallel.head == "vocab" else None
-    weights = masters = kept = gradients = less = 0
+    weights = masters = gradients = less = 0
     moments: list[Holdings] = []
     travels: list[Tensor] = []  # gradients that are reduced at the update
     whole: list[Tensor] = []  # weights whose rows are gathered after it
@@ -223,9 +219,7 @@ def share_of(model: nn.Module, config: RunConfig, processes: int, device: torch.
         gradients += holdings(rows if divided else _meta(p), config, device).gradient
         if divided:
             summed += 4 * rows.numel() * (parallel.replicas > 1)  # `_of_replicas`
-            kept += 4 * rows.numel() * (parallel.replicas > 1) * wide
             continue
-        kept += 4 * rows.numel() * wide  # `Optimizer.zero_grad` frees the sums of others
         travels.append(_meta(p).to(torch.float32 if wide else p.dtype))
         whole.append(_meta(p))
     reduced, exchange = _exchanged(travels, whole, size, device)
@@ -238,7 +232,6 @@ def share_of(model: nn.Module, config: RunConfig, processes: int, device: torch.
         masters,
         of_all.moments,
         gradients,
-        kept,
         reduced + summed,
         exchange,
         of_all.update,

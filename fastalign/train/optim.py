@@ -175,8 +175,8 @@ class Optimizer:
                 p.grad = torch.zeros_like(p)
             else:
                 p.grad.zero_()
-            if self.holders[name] is not p and not hasattr(p, "main_grad"):
-                self.holders[name].grad = None
+            if self.holders[name] is not p and not (self.division.is_whole and hasattr(p, "main_grad")):
+                self.holders[name].grad = None  # of several processes it is a sum of its own, not the buffer
         buffers = [p.main_grad for p in self.named.values() if hasattr(p, "main_grad")]
         if buffers:
             torch._foreach_zero_(buffers)

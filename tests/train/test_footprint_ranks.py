@@ -17,7 +17,7 @@ from fastalign.models.load import load_model
 from fastalign.objectives.dpo import DPOConfig
 from fastalign.ranks import ParallelConfig
 from fastalign.train.footprint import footprint
-from fastalign.train.footprint_ranks import footprint_of_rank, share_of, unpredicted, without_storage
+from fastalign.train.footprint_ranks import _in_flight, footprint_of_rank, share_of, unpredicted, without_storage
 
 CPU = torch.device("cpu")
 
@@ -42,14 +42,14 @@ def test_a_share_of_full_fine_tuning(processes: int) -> None:
     found = share_of(single, DPOConfig(), processes, CPU)
     assert found.weights == 4 * (inside // processes + outside)
     assert (found.masters, found.moments) == (0, 8 * (inside // processes + own))
-    assert (found.gradients, found.reduced, found.kept) == (found.weights, 4 * own, 0)
+    assert (found.gradients, found.reduced) == (found.weights, 4 * own)
     assert found.layer == found.trained == found.reduction == 4 * inside // 3
     assert found.exchange == 4 * own * (2 * processes + 1)  # own rows, those of all, and gloo's copy of them
 
     wide = share_of(half, DPOConfig(), processes, CPU)
     assert wide.weights == 4 * inside // processes + 2 * outside
     assert (wide.masters, wide.moments) == (4 * own, found.moments)
-    assert (wide.gradients, wide.kept) == (4 * (inside // processes + outside), 4 * own)
+    assert (wide.gradients, wide.reduced) == (4 * (inside // processes + outside), 4 * own)
     assert (wide.layer, wide.trained, wide.reduction) == (2 * inside // 3, 2 * inside // 3, 4 * inside // 3)
 
     narrow = DPOConfig(master_weights=False)
@@ -58,12 +58,29 @@ def test_a_share_of_full_fine_tuning(processes: int) -> None:
     optimizer = share_of(half, DPOConfig(parallel=ParallelConfig("optimizer")), processes, CPU)
     assert (optimizer.weights, optimizer.gradients) == (2 * (inside + outside), 4 * (inside + outside))
     assert (optimizer.masters, optimizer.moments) == (4 * (inside // processes + own), 8 * (inside // processes + own))
-    assert optimizer.layer == 0 and optimizer.reduced == optimizer.kept == optimizer.masters
+    assert optimizer.layer == 0 and optimizer.reduced == optimizer.masters
 
     vocab = share_of(half, DPOConfig(parallel=ParallelConfig(head="vocab")), processes, CPU)
     assert vocab.weights == wide.weights - 2 * (head - rows) and vocab.head == 2 * (head - rows)
     assert (vocab.masters, vocab.gradients) == (wide.masters, wide.gradients - 4 * (head - rows))
     assert vocab.reduced == wide.reduced - 4 * rows
+
+
+def test_what_is_in_flight_in_a_backward() -> None:
+    """In layers, of which each is gathered, has a gradient and is reduced in float32: what is there besides their activations."""
+    share = share_of(model(), DPOConfig(), 2, CPU)
+
+    def layers(activations: float, temporaries: float = 0.0, device: torch.device = CPU) -> float:
+        parts = {"activations": int(activations * share.layer), "temporaries of the backward": int(temporaries * share.layer)}
+        found = _in_flight(share, parts, 1, 2, device)
+        return sum(found.values()) / share.layer
+
+    cuda = torch.device("cuda")
+    assert layers(9) == 3 and layers(9, device=cuda) == 2  # it begins: this layer, the one before it, and gloo's copy of that
+    assert layers(9, temporaries=0.5) == 2.5  # which has gone when the backward has temporaries
+    assert layers(0) == 4  # the next one begins: the same, and what the last one reduced
+    assert layers(0, device=cuda) == 4  # the next one ends: both layers, its gradient, and what the last one reduced
+    assert layers(0, temporaries=1) == 4 and layers(0.75, temporaries=1) == pytest.approx(2.75, rel=1e-3)  # one ends, and is reduced
 
 
 def test_an_adapter_and_replicas() -> None:
@@ -91,11 +108,10 @@ def test_one_process_and_a_model_without_storage() -> None:
 
 
 def test_only_what_has_been_compared_is_predicted() -> None:
-    assert unpredicted(DPOConfig(), 2, torch.device("cpu")) is None
+    for measured in (DPOConfig(), DPOConfig(lora=LoraConfig(r=4)), DPOConfig(parallel=ParallelConfig("optimizer"))):
+        assert unpredicted(measured, 2, torch.device("cpu")) is None
     assert "cuda" in str(unpredicted(DPOConfig(), 2, torch.device("cuda")))  # nobody has measured it
     for config in (
-        DPOConfig(lora=LoraConfig(r=4)),
-        DPOConfig(parallel=ParallelConfig("optimizer")),
         DPOConfig(parallel=ParallelConfig(head="vocab")),
         DPOConfig(parallel=ParallelConfig(replicas=2)),
         DPOConfig(reference="copy"),
@@ -105,10 +121,12 @@ def test_only_what_has_been_compared_is_predicted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["full", "half"])
-def test_the_prediction_is_that_of_a_measurement(case: str, tmp_path: Path) -> None:
-    """Each case in processes of its own: what another run leaves behind would count."""
-    inputs(tmp_path, hidden=512, layers=6, vocabulary=8192, pairs=16)
+@pytest.mark.parametrize("case", ["full", "half", "lora", "optimizer", "half optimizer", "lora optimizer"])
+def test_the_prediction_is_that_of_a_measurement(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each case in processes of its own: what another run leaves behind would count. What is freed is given back (`torchrun`)."""
+    for name, value in (("ARENA_MAX", 1), ("TRIM_THRESHOLD", 0), ("TOP_PAD", 0)):
+        monkeypatch.setenv(f"MALLOC_{name}" + "_" * (name != "ARENA_MAX"), str(value))
+    inputs(tmp_path, hidden=1024, layers=4, vocabulary=4096, pairs=16)
     done = torchrun(2, str(HERE / "holding.py"), str(tmp_path), case)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(2):
@@ -116,4 +134,4 @@ def test_the_prediction_is_that_of_a_measurement(case: str, tmp_path: Path) -> N
         parts = found["parts"]
         for part, held in (("weights", "weights"), ("optimizer state", "moments"), ("float32 copies of weights", "masters")):
             assert parts[part] == pytest.approx(found[held], rel=1e-3), part
-        assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)
+        assert found["predicted"] == pytest.approx(found["measured"], rel=0.05)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -14,7 +16,7 @@ from fastalign.models.load import load_model
 from fastalign.models.trunk import trunk
 from fastalign.objectives.base import RunConfig
 from fastalign.packing import collate
-from fastalign.train.optim import Optimizer, learning_rate
+from fastalign.train.optim import Division, Optimizer, learning_rate
 from fastalign.types import Sample
 
 
@@ -101,6 +103,34 @@ def test_master_gradient_is_accumulated_in_float32() -> None:
     assert weight.main_grad.dtype == torch.float32  # type: ignore[attr-defined]
     optimizer.zero_grad()
     assert optimizer.grad_norm().item() == 0
+
+
+def test_sums_over_processes_are_freed_between_steps_and_buffers_are_not() -> None:
+    class Half(Division):
+        is_whole = False
+
+        def rows(self, tensor: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
+            return tensor[: len(tensor) // 2]
+
+        def parameter(self, weight: torch.nn.Parameter) -> torch.nn.Parameter:
+            return torch.nn.Parameter(self.rows(weight.detach()))
+
+        def reduce(self, weights: Any, updated: Any) -> None:
+            for name, weight in weights.items():
+                updated[name].grad = 2 * self.rows(getattr(weight, "main_grad", weight.grad))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = torch.nn.Linear(4, 4, bias=False).to(dtype)
+        optimizer = Optimizer(model, RunConfig(max_grad_norm=None), division=Half())
+        optimizer.zero_grad()
+        model(torch.ones(1, 4, dtype=dtype)).sum().backward()
+        assert float(optimizer.grad_norm()) == pytest.approx(2 * 8**0.5)
+        updated = optimizer.updated["weight"]
+        assert updated.grad is not None
+        optimizer.zero_grad()
+        assert updated.grad is None
+        if dtype == torch.bfloat16:
+            assert model.weight.main_grad.shape == (4, 4) and not model.weight.main_grad.any()  # type: ignore[union-attr]
 
 
 def test_head_gradient_buffer_survives_zero_grad() -> None:
