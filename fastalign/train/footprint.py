@@ -29,7 +29,6 @@ from fastalign.models.trunk import causal_lm, text_config, trunk
 from fastalign.objectives.base import RunConfig
 from fastalign.objectives.online import OnlineConfig
 from fastalign.packing import collate, pack_samples
-from fastalign.train.fakes import Fakes
 from fastalign.train.flops import head_weight
 from fastalign.train.holdings import holdings, total
 from fastalign.train.onednn import CAPACITY, Shapes, compiled_bytes, product_key
@@ -363,7 +362,7 @@ def _run(
     plan = head_plan(model, config, rows, device)
     before = torch.get_rng_state()
     try:
-        with Fakes() as mode:
+        with FakeTensorMode() as mode:
             fakes = {id(v): _fake(v) for v in _tensors(model)}
             fake = copy.deepcopy(model, dict(fakes))
             weight = head_weight(fake)
