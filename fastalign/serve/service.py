@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,9 +47,28 @@ def serve(config: ServeConfig) -> None:
         address = listener.getsockname()
         place = f"[{address[0]}]" if ":" in address[0] else address[0]
         log.info("%s answers at http://%s:%d (stop with Ctrl-C)", config.model_name, place, address[1])
-        uvicorn.Server(uvicorn.Config(app, **server_options(config))).run(sockets=[listener])
+        with writing_aside(log):
+            uvicorn.Server(uvicorn.Config(app, **server_options(config))).run(sockets=[listener])
     finally:
         listener.close()
+
+
+@contextmanager
+def writing_aside(logger: logging.Logger) -> Iterator[None]:
+    """Inside, what is logged is written by a thread of its own, in order: a line for each request would hold up all others."""
+    handlers = list(logger.handlers)
+    if not handlers:  # whoever has set logging up for the whole process keeps it
+        yield
+        return
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    aside, listener = QueueHandler(lines), QueueListener(lines, *handlers, respect_handler_level=True)  # type: ignore[arg-type]
+    listener.start()
+    logger.handlers[:] = [aside]
+    try:
+        yield
+    finally:
+        logger.handlers[:] = handlers
+        listener.stop()
 
 
 def server_options(config: ServeConfig) -> dict[str, Any]:

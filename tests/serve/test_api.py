@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import shutil
 import socket
@@ -23,6 +24,7 @@ from fastalign.rollout.generate import generate
 from fastalign.serve.chat import _Post
 from fastalign.serve.guard import Guard
 from fastalign.serve.records import Feedback
+from fastalign.serve.service import writing_aside
 from fastalign.serve.store import Store
 from fastalign.serve.wire import ApiError, read_object
 
@@ -722,3 +724,28 @@ def test_feedback_object_is_what_the_loop_reads(http: httpx.Client, running: Run
     kept = http.post("/v1/feedback", json={"answer": answer, "rating": 2.5, "reason": INJECTIONS[0]}).json()
     [feedback] = running.store.history(answer)
     assert feedback == Feedback(answer, "rating", 2.5, feedback.user, INJECTIONS[0], feedback.created, kept["id"], feedback.voice)
+
+
+def test_the_log_is_written_by_a_thread_of_its_own_in_order_and_to_its_end():
+    logger, written, go = logging.getLogger("fastalign.of this test"), [], threading.Event()
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert go.wait(20)
+            written.append((record.getMessage(), threading.current_thread() is threading.main_thread()))
+
+    slow = Slow(level=logging.INFO)
+    logger.addHandler(slow)
+    logger.setLevel(logging.DEBUG)
+    with writing_aside(logger):
+        for i in range(100):
+            logger.info("line %d", i)  # none of them waits
+        logger.debug("unseen")
+        assert written == []
+        go.set()
+    assert written == [(f"line {i}", False) for i in range(100)] and logger.handlers == [slow]
+    logger.info("after")
+    assert written[-1] == ("after", True)
+    logger.removeHandler(slow)
+    with writing_aside(logger):
+        assert logger.handlers == []

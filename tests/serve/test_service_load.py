@@ -18,6 +18,7 @@ from service import Running, bare_answer, config_for, save_models
 from transformers import AutoTokenizer
 
 from bench.serve_client import Connection, post
+from fastalign.errors import OutputError
 from fastalign.serve.process import ServiceProcess
 from fastalign.serve.store import Store
 
@@ -269,3 +270,8 @@ def test_sigterm_ends_the_command_after_the_answers_that_it_gives(models: Path, 
     assert service.wait(30) in (0, -signal.SIGTERM)
     with Store(tmp_path / "feedback.db") as store:
         assert len(list(store.answers())) == 1
+
+
+def test_a_service_that_does_not_start_says_why(tmp_path: Path):
+    with pytest.raises(OutputError, match=r"the service ended with 2: error: --model .*: no such folder"):
+        ServiceProcess(["--model", str(tmp_path / "none")])
