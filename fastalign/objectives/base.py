@@ -209,8 +209,6 @@ class RunConfig:
             )
         keeps_none = not self.master_weights and self.optimizer != "adamw_offload"
         self._require_use("stochastic_rounding", keeps_none, "master_weights false, and without adamw_offload")
-        held_out = bool(self.data.eval_fraction or self.data.eval_path or self.data.eval_split)
-        self._require_use("eval_every", held_out, "held-out data (data.eval_fraction, data.eval_path or data.eval_split)")
         self._require_choice("lr_schedule", ("linear", "cosine", "constant"))
         self._require_choice("metrics", ("full", "basic"))
 
