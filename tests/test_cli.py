@@ -78,7 +78,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("dpo --beta x", "--beta: expected a number, got 'x'; for example --beta 0.1"),
         ("dpo", "set --output"),
         ("dpo --beta 0 --output r --model.path m --data.path d", "beta must be positive"),
-        ("dpo --eval_every 9 --output r --model.path m --data.path d", "counts only with held-out data (data.eval_fraction,"),
         ("dpo --lora.alpha 9 --output r --model.path m --data.path d", "set --lora.r 16, too"),
         ("distill --beta 0.1 --teacher.path t --output r --model.path m --data.path d", "counts only with divergence=jsd"),
         ("dpo --resume --output nowhere", "--resume: nowhere has no config.yaml, so there is no run to resume"),

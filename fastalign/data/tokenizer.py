@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastalign.data.templates import read_chat_template
 from fastalign.errors import TemplateError
+
+logger = logging.getLogger("fastalign")
 
 
 def load_tokenizer(
@@ -20,15 +24,29 @@ def load_tokenizer(
     A padding token that equals EOS is fine: sequences are packed and never padded, so EOS is always a label. Raises
     TemplateError when there is no tokenizer, no EOS, or the template file is not valid Jinja.
     """
+    absent = "" if Path(path).exists() else f"no folder of that name here{_nearest_folder(Path(path))}"
+    if absent and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
+        raise TemplateError(f"{path}: no usable tokenizer: {absent}; check the path")
+    if absent and ("/" not in str(path) or "did you mean" in absent):  # the hub's client tries for minutes where there is no network
+        logger.info("%s: %s; asking the hub", path, absent)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-        raise TemplateError(f"{path}: no usable tokenizer: {reason}; the folder needs tokenizer.json and tokenizer_config.json") from error
+        remedy = "the folder needs tokenizer.json and tokenizer_config.json"
+        if absent:
+            reason, remedy = f"{absent}, and the hub gives none: {reason}", "check the path, or the hub name and the network"
+        raise TemplateError(f"{path}: no usable tokenizer: {reason}; {remedy}") from error
     require_eos(tokenizer)
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
     return tokenizer
+
+
+def _nearest_folder(path: Path) -> str:
+    here = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, here, n=1)
+    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:

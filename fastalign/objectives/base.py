@@ -185,8 +185,7 @@ class RunConfig:
         self.data.validate()
         self.parallel.validate()
         self.lora.validate(beside="model.path" if _is_adapter(self.model.path) else "")
-        adapter = self.lora.enabled or _is_adapter(self.model.path)
-        if self.model.quantization and not adapter:
+        if self.model.quantization and not self.adapts:
             raise ConfigError("model.quantization: 4-bit weights cannot be trained themselves; set --lora.r 16 to train an adapter on them")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: continue the run in `output`, or delete it")
@@ -215,10 +214,13 @@ class RunConfig:
             )
         keeps_none = not self.master_weights and self.optimizer != "adamw_offload"
         self._require_use("stochastic_rounding", keeps_none, "master_weights false, and without adamw_offload")
-        held_out = bool(self.data.eval_fraction or self.data.eval_path or self.data.eval_split)
-        self._require_use("eval_every", held_out, "held-out data (data.eval_fraction, data.eval_path or data.eval_split)")
         self._require_choice("lr_schedule", ("linear", "cosine", "constant"))
         self._require_choice("metrics", ("full", "basic"))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained: a fresh one, lora.adapter, or what model.path is."""
+        return self.lora.enabled or _is_adapter(self.model.path)
 
     @property
     def steps_per_draw(self) -> int:

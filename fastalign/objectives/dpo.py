@@ -139,12 +139,12 @@ class DPOConfig(RunConfig):
         if self.use_weighting and (coupled := set(names) & coupling):
             self._require("use_weighting", False, f"false with {', '.join(sorted(coupled))}, which compares a pair with others than itself")
         self._require_choice("reference", ("auto", "adapter", "cache", "copy", "stream"))
-        if self.reference == "adapter" and not self.lora.enabled:
+        if self.reference == "adapter" and not self.adapts:
             self._require("reference", False, "cache, copy or auto when all weights are trained (lora.r 0)")
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "at least 1")
         if self.sync_ref_model:
-            self._require("sync_ref_model", not self.lora.enabled, "false with an adapter: the reference has no weights of its own to move")
+            self._require("sync_ref_model", not self.adapts, "false with an adapter: the reference has no weights of its own to move")
             self._require("sync_ref_model", not self.reference_free, "false with reference_free")
             self._require(
                 "reference",

@@ -57,7 +57,7 @@ class KTOConfig(RunConfig):
         self._require_choice("reference", ("auto", "adapter", "cache", "copy", "stream"))
         for option in ("desirable_weight", "undesirable_weight"):
             self._require(option, 0 <= getattr(self, option) < float("inf"), "0 or more and finite")
-        if self.reference == "adapter" and not self.lora.enabled:
+        if self.reference == "adapter" and not self.adapts:
             self._require("reference", False, "cache, copy or auto when all weights are trained (lora.r 0)")
         if self.kl_scope == "microbatch":
             self._require("reference", self.reference != "cache", "auto, adapter, copy or stream with kl_scope=microbatch, whose rows vary")
@@ -77,7 +77,7 @@ class KTOConfig(RunConfig):
         return data
 
     def objective(self, model: Any, data: Dataset, folder: Path) -> KTO:
-        uncached = self.kl_scope == "microbatch" and self.reference == "auto" and not self.lora.enabled  # its rows cannot be known before
+        uncached = self.kl_scope == "microbatch" and self.reference == "auto" and not self.adapts  # its rows cannot be known before
         config = replace(self, reference="copy") if uncached else self
         return KTO(self, model, data, build_reference(model, config, data, folder), folder)
 

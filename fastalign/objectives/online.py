@@ -78,12 +78,12 @@ class OnlineConfig(AnswerConfig):
         self._require_judge()
         self._require("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "positive, or null")
         self._require_choice("reference", ("auto", "adapter", "copy", "stream"))
-        if self.reference == "adapter" and not self.lora.enabled:
+        if self.reference == "adapter" and not self.adapts:
             self._require("reference", False, "copy or auto when all weights are trained (lora.r 0)")
 
     @property
     def copies_model(self) -> bool:
-        return bool(self.beta) and (super().copies_model or (self.reference == "auto" and not self.lora.enabled))
+        return bool(self.beta) and (super().copies_model or (self.reference == "auto" and not self.adapts))
 
     def named_code(self) -> dict[str, str | list[str]]:
         found = super().named_code()

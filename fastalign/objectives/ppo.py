@@ -67,7 +67,7 @@ class PPOConfig(OnlineConfig):
         self._require_choice("critic", ("shared", "adapter"))
         self._require_choice("kl_estimator", tuple(KL_ESTIMATES))
         if self.critic == "adapter":
-            self._require("critic", self.lora.enabled, "shared when all weights are trained (lora.r 0)")
+            self._require("critic", self.adapts, "shared when all weights are trained (lora.r 0)")
         self._require("cliprange", 0 < self.cliprange <= 1, "in (0, 1]")
         self._require("vf_coef", 0 < self.vf_coef < float("inf"), "positive and finite: a critic that is not trained expects nothing")
         for option in ("cliprange_value", "missing_eos_penalty", "value_learning_rate"):

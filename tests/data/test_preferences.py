@@ -233,7 +233,7 @@ def test_tokenizers_and_templates_that_cannot_be_used(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", tokenizer=tiny_tokenizer(eos=None))
     with pytest.raises(TemplateError, match='model: no EOS token, so the model could never learn to stop; set "eos_token"'):
         load_tokenizer(folder)
-    with pytest.raises(TemplateError, match=r"nothing: no usable tokenizer: .*the folder needs tokenizer.json"):
+    with pytest.raises(TemplateError, match="nothing: no usable tokenizer: no folder of that name here; check the path"):
         load_tokenizer(tmp_path / "nothing")
     good = save_tiny(tmp_path / "good")
     file = tmp_path / "own.jinja"
@@ -254,3 +254,20 @@ def test_a_tokenizer_object_without_eos_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, preference_rows(1))
     with pytest.raises(TemplateError, match="no EOS token"):
         load_preferences(DataConfig(path=path), tiny_tokenizer(eos=None), vocab_size=320)
+
+
+def test_a_model_folder_that_is_not_there_is_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TemplateError, match=r"my-modell: no usable tokenizer: no folder of that name here \(did you mean '.*my-model'\?\)"):
+        load_tokenizer(tmp_path / "my-modell")
+    with (
+        caplog.at_level("INFO", logger="fastalign"),
+        pytest.raises(TemplateError, match=r"my-modell: .*'my-model'\?\), and the hub gives none: .*; check the path, or the hub name"),
+    ):
+        load_tokenizer("my-modell")
+    assert "my-modell: no folder of that name here (did you mean 'my-model'?); asking the hub" in caplog.text
+    with pytest.raises(TemplateError, match=r"the folder needs tokenizer.json and tokenizer_config.json"):
+        load_tokenizer("my-model")

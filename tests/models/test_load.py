@@ -16,6 +16,8 @@ from fastalign.models.config import LoraConfig, ModelConfig
 from fastalign.models.load import load_model
 from fastalign.models.save import save_final
 from fastalign.models.trunk import stock_attention
+from fastalign.objectives.dpo import DPOConfig
+from fastalign.objectives.kto import KTOConfig
 
 BATCH = ragged_batch()
 
@@ -235,6 +237,16 @@ def test_options_beside_a_model_path_that_is_an_adapter() -> None:
     LoraConfig(reference="base").validate(beside="model.path")
     with pytest.raises(ConfigError, match=r"lora.alpha: model.path is an adapter with options of its own"):
         LoraConfig(alpha=8.0).validate(beside="model.path")
+
+
+def test_a_model_path_that_is_an_adapter_trains_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for config_class in (DPOConfig, KTOConfig):
+        run = {"reference": "adapter", "output": "run", "data": config_class().data}
+        run["data"].path = "pairs.jsonl"
+        config_class(model=ModelConfig(path=str(tmp_path)), **run).validate()
+        with pytest.raises(ConfigError, match=r"all weights are trained \(lora.r 0\)"):
+            config_class(model=ModelConfig(path="whole"), **run).validate()
 
 
 def test_dora_and_rslora_are_those_of_peft(folder: Path) -> None:
