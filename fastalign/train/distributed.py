@@ -180,17 +180,19 @@ class _Rows(Division):
     def spread(self, weights: Mapping[str, nn.Parameter]) -> None:
         whole = [weight.detach() for weight in weights.values() if not _is_divided(weight)]
         for bucket in buckets(whole):
-            widths = [_width(weight, self.size) for weight in bucket]
-            sent = bucket[0].new_zeros(sum(widths))
-            _lay(sent, [_part(weight, self.index, self.size) for weight in bucket], widths)
-            received = sent.new_empty(self.size, len(sent))
-            dist.all_gather_into_tensor(received.view(-1), sent, group=self.shard)
-            for rank, row in enumerate(received):
-                if rank != self.index:
-                    for weight, taken in zip(bucket, row.split(widths)):
-                        part = _part(weight, rank, self.size)
-                        part.copy_(taken[: part.numel()].view_as(part))
-            del sent, received, row, taken  # before the next ones are made
+            self._spread(bucket)  # which frees what it sends and receives before the next
+
+    def _spread(self, bucket: Sequence[Tensor]) -> None:
+        widths = [_width(weight, self.size) for weight in bucket]
+        sent = bucket[0].new_zeros(sum(widths))
+        _lay(sent, [_part(weight, self.index, self.size) for weight in bucket], widths)
+        received = sent.new_empty(self.size, len(sent))
+        dist.all_gather_into_tensor(received.view(-1), sent, group=self.shard)
+        for rank, row in enumerate(received):
+            if rank != self.index:
+                for weight, taken in zip(bucket, row.split(widths)):
+                    part = _part(weight, rank, self.size)
+                    part.copy_(taken[: part.numel()].view_as(part))
 
     def names(self, names: list[str]) -> list[str]:
         return sorted(set().union(*map(set, self.ranks.gather(names))))
