@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastalign")
 
-SWITCH = 0.0001  # seconds that the event loop waits for the thread that computes; Python's 0.005, for each of a reply's turns, add up
+SWITCH = 0.0005  # seconds that the event loop waits for the thread that computes; Python's 0.005, for each of a reply's turns, add up
 
 
 def serve(config: ServeConfig) -> None:
