@@ -18,6 +18,7 @@ from fastalign.errors import DataError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _UTF8_BOM = b"\xef\xbb\xbf"
+_UNPACKING = (gzip.BadGzipFile, EOFError, zlib.error)
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -32,7 +33,7 @@ def scan_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raw = next(lines)
             except StopIteration:
                 return
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            except _UNPACKING as error:
                 yield f"{path}:{number}", _not_gzip(path, number, error)
                 return
             place, start = f"{path}:{number}", offset
@@ -61,7 +62,7 @@ def scan_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with opened(path) as file:
             raw = file.read()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except _UNPACKING as error:
         yield f"{path}:1", _not_gzip(path, 1, error)
         return
     if wrong := _utf16_error(path, raw):

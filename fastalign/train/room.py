@@ -63,7 +63,7 @@ def with_checkpointing(
         raise ConfigError(f"model.gradient_checkpointing auto: {gap}, so it is not predicted; set it to true or false")
     low, high = step_tokens(config, data, ranks.size)
     tokens = max(low, min(high, FIRST if config.max_tokens == "auto" else config.token_limit))
-    room = min(math.inf if budget is None else budget, SHARE.get(device.type, 0.5) * free_bytes(device))
+    room = min(math.inf if budget is None else budget, share_of(device) * free_bytes(device))
     samples, found = _most_scored(config, data.samples), 0
     for setting in CHECKPOINTING:
         if config.model.mlp_chunk and setting["checkpoint_keep"] == "products":  # which do not go together
@@ -100,6 +100,11 @@ def _needed(predicted: Footprint, device: torch.device, ranks: Ranks, budget: fl
     return predicted.growth if there else predicted.peak
 
 
+def share_of(device: torch.device) -> float:
+    """The part of what is free there that a run may take."""
+    return SHARE.get(device.type, 0.5)
+
+
 def with_max_tokens(
     config: Config, model: Any, data: Dataset, folder: Path, ranks: Ranks, *, device: torch.device, budget: float | None = None
 ) -> Config:
@@ -122,7 +127,7 @@ def with_max_tokens(
     low, high = step_tokens(config, data, ranks.size)
     high, room = min(high, config.token_limit), budget or math.inf
     if config.max_tokens == "auto":
-        room = min(room, SHARE.get(device.type, 0.5) * free_bytes(device))
+        room = min(room, share_of(device) * free_bytes(device))
     samples = _most_scored(config, data.samples)
     found: dict[int, int] = {}
 
@@ -150,7 +155,7 @@ def with_max_tokens(
         logger.warning(
             "max_tokens auto: the longest sample, %d tokens, is predicted to need %.2f GiB, and %.2f are free; trying it. "
             "fastalign plan says what needs less",
-            tokens, found[tokens] / 2**30, room / SHARE.get(device.type, 0.5) / 2**30,
+            tokens, found[tokens] / 2**30, room / share_of(device) / 2**30,
         )  # fmt: skip
     tokens = min(ranks.gather(tokens))
     why = "a whole step" if tokens == high else f"{room / 2**30:.2f} GiB of those free are for it"

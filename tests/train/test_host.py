@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from killing import no_report
+from killing import no_report, rows
 from tiny import preference_rows, save_tiny
 
 from fastalign import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, SFTConfig, train
@@ -28,7 +28,6 @@ from fastalign.objectives.base import RunConfig
 from fastalign.ranks import Ranks
 from fastalign.train.host import Host, SharedHost
 from fastalign.train.loop import _Run
-from fastalign.train.metrics import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +40,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     for name in ("qwen3", "gemma3"):
         save_tiny(folder / name, name, hidden_size=64)
-    for name, rows in {"pairs": preference_rows(12), "heldout": preference_rows(2, seed=1)}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, found in {"pairs": preference_rows(12), "heldout": preference_rows(2, seed=1)}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     return folder
 
 
@@ -60,8 +59,7 @@ def config(kind: type[RunConfig], inputs: Path, output: Path, **options: Any) ->
 def results(run: Path) -> tuple[dict[str, str], list[dict[str, float]]]:
     """Digests of final/ and of the checkpoints' weights and moments; the metrics without times and memory."""
     files = [*(run / "final").iterdir(), *run.glob("checkpoints/*/*.safetensors")]
-    rows = [{k: v for k, v in row.items() if not k.startswith(("perf/", "mem/"))} for row in read_metrics(run / "metrics.jsonl")]
-    return {str(file.relative_to(run)): sha256(file.read_bytes()).hexdigest() for file in files if file.name != "README.md"}, rows
+    return {str(file.relative_to(run)): sha256(file.read_bytes()).hexdigest() for file in files if file.name != "README.md"}, rows(run)
 
 
 def states(model: torch.nn.Module) -> list[Any]:

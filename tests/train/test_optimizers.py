@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from killing import no_report
+from killing import no_report, rows
 from safetensors.torch import load_file
 from tiny import preference_rows, save_tiny
 from torch import nn
@@ -60,12 +60,6 @@ def config(inputs: Path, output: Path, *, dtype: str = "float32", **options: Any
 
 def final(run: Path) -> dict[str, torch.Tensor]:
     return load_file(next((run / "final").glob("*.safetensors")))
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in read_metrics(run / "metrics.jsonl")
-    ]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from killing import no_report
+from killing import no_report, rows
 from tiny import preference_rows, save_tiny, tiny_model
 
 from fastalign import train
@@ -29,7 +29,6 @@ from fastalign.packing import collate
 from fastalign.ranks import Ranks
 from fastalign.train import room
 from fastalign.train.config import load, parse, resume_config
-from fastalign.train.metrics import read_metrics
 from fastalign.types import Sample
 
 fitted = partial(room.with_max_tokens, device=torch.device("cpu"))
@@ -167,8 +166,7 @@ def test_a_run_settles_it_once_and_steps_as_with_the_number(
 
     def run(name: str, *more: str) -> list[dict[str, Any]]:
         train(parse([*argv, f"--output={tmp_path / name}", *more], DPOConfig))
-        rows = read_metrics(tmp_path / name / "metrics.jsonl")
-        return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows]
+        return rows(tmp_path / name)
 
     monkeypatch.setattr(room, "free_bytes", lambda device: 18 << 20)  # room for a part of a step
     automatic = run("auto", "--max_tokens", "auto")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from killing import no_report
+from killing import no_report, rows
 from test_room import Data, pairs
 from tiny import preference_rows, save_tiny, tiny_model
 
@@ -27,7 +27,6 @@ from fastalign.packing import collate
 from fastalign.ranks import Ranks
 from fastalign.train import room
 from fastalign.train.config import dump, load, parse, resume_config
-from fastalign.train.metrics import read_metrics
 
 settled = partial(room.with_checkpointing, device=torch.device("cpu"))
 DATA = Data(pairs(300))
@@ -114,8 +113,7 @@ def test_a_run_settles_it_once_and_steps_as_with_the_setting(tmp_path: Path, mon
 
     def run(name: str, *more: str) -> list[dict[str, Any]]:
         train(parse([*argv, f"--output={tmp_path / name}", *more], DPOConfig))
-        rows = read_metrics(tmp_path / name / "metrics.jsonl")
-        return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows]
+        return rows(tmp_path / name)
 
     monkeypatch.setattr(room, "free_bytes", lambda device: 1)
     automatic = run("auto", "--model.gradient_checkpointing", "auto")
